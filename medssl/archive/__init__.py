@@ -1,0 +1,1 @@
+"""Files to volumes: find, group into series, order, check, pseudonymise, manifest."""

@@ -1,0 +1,1 @@
+"""Batched transforms with parameters per sample, masking, and policies by modality and purpose."""

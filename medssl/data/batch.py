@@ -1,0 +1,126 @@
+"""What travels from the loader to a method: a batch of crops with the facts of each sample."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+BatchT = TypeVar("BatchT", bound="_OnDevice")
+
+
+class _OnDevice:
+    """Moves every tensor field of a dataclass."""
+
+    def to(self: BatchT, device: torch.device | str, *, non_blocking: bool = False) -> BatchT:
+        """Return a copy with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self: BatchT) -> BatchT:
+        """Return a copy with every tensor in page-locked memory; `DataLoader` calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self: BatchT, change: object) -> BatchT:
+        assert callable(change)
+        changes = {
+            item.name: change(value)
+            for item in dataclasses.fields(self)  # type: ignore[arg-type]
+            if isinstance(value := getattr(self, item.name), Tensor)
+        }
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+
+@dataclass
+class Batch(_OnDevice):
+    """Crops of one size and what is known of each.
+
+    Spatial axes are (Z, Y, X) in 3D and (Y, X) in 2D; every fact with three components keeps the order (Z, Y, X)
+    also in 2D.
+
+    Args:
+        image: Intensities as stored, float32. Shape: (B, C, Z, Y, X) or (B, C, Y, X).
+        sample_index: Position in the endless stream; with the seed it fixes every random choice. Shape: (B,), int64.
+        sample_id: Stable number of the volume in its store. Shape: (B,), int64.
+        origin_mm: Position of the crop's first voxel from the volume's first voxel. Shape: (B, 3), float32.
+        spacing_mm: Voxel size. Shape: (B, 3), float32.
+        valid: Start and stop of the part of the crop that lies inside the volume, in voxels of the crop; the rest is
+            padding. Shape: (B, 3, 2), int64.
+        background: Value that padding has, per sample. Shape: (B,), float32.
+        modality: One name per sample, for example "CT" or "MR".
+        patient_key: One pseudonym per sample.
+        label: Class of each voxel, or None. Shape: (B, Z, Y, X) or (B, Y, X), int64.
+    """
+
+    image: Tensor
+    sample_index: Tensor
+    sample_id: Tensor
+    origin_mm: Tensor
+    spacing_mm: Tensor
+    valid: Tensor
+    background: Tensor
+    modality: tuple[str, ...]
+    patient_key: tuple[str, ...]
+    label: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return self.image.ndim - 2
+
+
+@dataclass
+class View(_OnDevice):
+    """What a network is shown of a batch, and what it is asked for.
+
+    Args:
+        image: Input. Shape: (B, C, Z, Y, X) or (B, C, Y, X).
+        inside: Where the input shows tissue of the volume and not padding. Shape: (B, 1, Z, Y, X), bool.
+        to_source_mm: Map from voxel index (z, y, x, 1) of the view to mm from the volume's first voxel, order
+            (z, y, x). Shape: (B, 3, 4), float32. Exact for affine views; a displacement comes on top of it.
+        displacement_mm: Elastic part of the map, added to the affine one, or None. Shape: (B, 3, Z, Y, X).
+        target: What a reconstruction has to restore, or None.
+        mask: True where a masked method hides the input, or None. Shape: (B, 1, Z, Y, X), bool.
+        label: Warped label, or None. Shape: (B, Z, Y, X), int64.
+        parameters: What was drawn, by transform and name, for logs and replay.
+    """
+
+    image: Tensor
+    inside: Tensor
+    to_source_mm: Tensor
+    displacement_mm: Tensor | None = None
+    target: Tensor | None = None
+    mask: Tensor | None = None
+    label: Tensor | None = None
+    parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+Views = list[View]
+
+
+def stack(batches: list[Batch]) -> Batch:
+    """Concatenate batches along their first axis.
+
+    Raises:
+        ValueError: If there are none, or only some carry labels.
+    """
+    if not batches:
+        raise ValueError("Nothing to stack: the list of batches is empty")
+    labels = [batch.label for batch in batches if batch.label is not None]
+    if labels and len(labels) != len(batches):
+        raise ValueError("Some batches carry labels and some do not: keep labelled and unlabelled samples apart")
+    changes: dict[str, object] = {}
+    for item in dataclasses.fields(Batch):
+        values = [getattr(batch, item.name) for batch in batches]
+        if isinstance(values[0], Tensor):
+            changes[item.name] = torch.cat(values)
+        elif isinstance(values[0], tuple):
+            changes[item.name] = sum(values, ())
+        else:
+            changes[item.name] = None
+    return Batch(**changes)  # type: ignore[arg-type]

@@ -1,0 +1,107 @@
+"""Outputs that appear whole or not at all, and the rule for output folders that are not empty."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from medssl.errors import MedsslError, UsageError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    A reader sees the old file or the whole new one. On an error the temporary file is removed. A full disk is
+    reported with the place and the remedy.
+
+    Args:
+        path: Where the finished file shall stand. Its folder is created.
+
+    Raises:
+        MedsslError: If the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffixes stay at the end: SimpleITK and nibabel choose the format by them.
+    temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno == 28:
+            raise MedsslError(
+                f"No space left on the disk of {path.parent} while writing {path.name}. Nothing half-written was kept; "
+                "free some space and run the same command with --resume."
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write UTF-8 text to `path` whole or not at all."""
+    write_bytes(path, content.encode())
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON with sorted keys, whole or not at all; NaN is refused."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content as a hexadecimal string."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def prepare_output_folder(
+    out: Path, *, resume: bool, overwrite: bool, owned: Callable[[Path], bool] | None = None
+) -> None:
+    """Create `out`, or check that what it holds may be continued or replaced.
+
+    Args:
+        out: The output folder of a command.
+        resume: Continue what is there.
+        overwrite: Remove what is there first.
+        owned: Tells whether a folder was written by this command; `overwrite` never removes another.
+
+    Raises:
+        UsageError: If the folder is not empty and neither option is given, if both are, or if `overwrite` would
+            remove a folder that this command did not write.
+    """
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other: choose one.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; --out needs a folder.")
+    if out.is_dir() and any(out.iterdir()):
+        if overwrite:
+            if owned is not None and not owned(out):
+                raise UsageError(f"{out} was not written by this command; --overwrite does not remove it. Choose another --out.")
+            shutil.rmtree(out)
+        elif not resume:
+            raise UsageError(f"{out} is not empty. Use --resume to continue it, --overwrite to replace it, or another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

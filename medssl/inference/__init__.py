@@ -1,0 +1,1 @@
+"""Sliding window, series to mask, writers."""

@@ -1,0 +1,1 @@
+"""Manifest to volume store: orient, crop, resample, normalise, fingerprint."""

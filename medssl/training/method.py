@@ -1,0 +1,84 @@
+"""The contract between a learning method and the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from medssl.data.batch import Batch, Views
+from medssl.data.draw import Draw
+from medssl.networks.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the sampler and of the policy.
+
+    Args:
+        views: Views of each crop.
+        policy: Purpose of the augmentation: `reconstruction`, `contrastive`, `weak`, `strong` or `fine-tuning`.
+        crops_per_volume: Crops that must come from one volume in a batch.
+        labels: Whether the batch must carry labels.
+    """
+
+    views: int = 1
+    policy: str = "reconstruction"
+    crops_per_volume: int = 1
+    labels: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is.
+
+    Args:
+        index: The step that is being computed, from 0.
+        total: Steps of the whole run.
+    """
+
+    index: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """Part of the run that lies behind, in [0, 1)."""
+        return self.index / max(self.total, 1)
+
+
+class Method(nn.Module):
+    """What a learning method sees, minimises and exports. One file each.
+
+    A method does not know about files, devices, precision, ranks, logging or the optimiser's plumbing.
+
+    Attributes:
+        needs: What the sampler and the policy must deliver.
+        network: The whole U-Net with nnU-Net's weight names; its state dict is what a checkpoint exports.
+        encoder: Access to the features of `network`'s encoder.
+        trains_decoder: Whether the decoder is worth transferring too.
+    """
+
+    needs: ClassVar[Needs]
+    network: nn.Module
+    encoder: Encoder
+    trains_decoder: ClassVar[bool] = False
+
+    def views(self, batch: Batch, draw: Draw) -> Views:
+        """Augment, mask and mix a batch; `draw` gives parameters per sample. Runs without gradients."""
+        raise NotImplementedError
+
+    def losses(self, views: Views, step: Step) -> dict[str, Tensor]:
+        """Return the named terms of the loss, each a scalar; the loop weighs, logs and sums them."""
+        raise NotImplementedError
+
+    def after_step(self, step: Step) -> None:
+        """Update teachers, queues and prototypes after the optimiser's step."""
+
+    def health(self, views: Views) -> dict[str, float]:
+        """Return figures that tell a healthy run from a collapsed one. Called now and then, without gradients."""
+        return {}
+
+    def pictures(self, views: Views) -> dict[str, Tensor]:
+        """Return images worth looking at, by name, each (B, C, Z, Y, X) or (B, C, Y, X). Called now and then."""
+        return {}

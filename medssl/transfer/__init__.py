@@ -1,0 +1,1 @@
+"""Checkpoint to nnU-Net; nnssl and nnU-Net checkpoints in and out."""
