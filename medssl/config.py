@@ -29,7 +29,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise UsageError(f"Recipe {path} cannot be read: {error.strerror}. Check the path given to --recipe.") from error
+        raise UsageError(
+            f"Recipe {path} cannot be read: {error.strerror}. Check the path given to --recipe."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"Recipe {path} is not YAML: {error}") from error
     if content is None:
@@ -81,7 +83,9 @@ def check_settings(model: type[SettingsT], values: Mapping[str, Any], where: str
         for problem in error.errors():
             location = ".".join(str(part) for part in problem["loc"])
             if problem["type"] == "extra_forbidden":
-                raise UsageError(f"{where}: {unknown_name('setting', location, _names(model, problem['loc'][:-1]))}") from error
+                raise UsageError(
+                    f"{where}: {unknown_name('setting', location, _names(model, problem['loc'][:-1]))}"
+                ) from error
             lines.append(f"{location}: {problem['msg']}, got {problem.get('input')!r}")
         raise UsageError(f"{where}: " + "; ".join(lines)) from error
 

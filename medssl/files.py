@@ -92,10 +92,14 @@ def prepare_output_folder(
     if out.is_dir() and any(out.iterdir()):
         if overwrite:
             if owned is not None and not owned(out):
-                raise UsageError(f"{out} was not written by this command; --overwrite does not remove it. Choose another --out.")
+                raise UsageError(
+                    f"{out} was not written by this command; --overwrite does not remove it. Choose another --out."
+                )
             shutil.rmtree(out)
         elif not resume:
-            raise UsageError(f"{out} is not empty. Use --resume to continue it, --overwrite to replace it, or another --out.")
+            raise UsageError(
+                f"{out} is not empty. Use --resume to continue it, --overwrite to replace it, or another --out."
+            )
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -32,7 +32,13 @@ def progress(title: str, total: int | None, *, quiet: bool = False) -> Iterator[
     if quiet:
         yield lambda count=1, note="": None
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(title, total=total, note="")
             yield lambda count=1, note="": bar.update(task, advance=count, note=note)

@@ -1,0 +1,41 @@
+# Each target does all of its own set-up: `make demo` and `make test` work on a fresh clone.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3.11
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-quick check format lock clean
+
+demo: $(STAMP)
+	$(BIN)/medssl demo --out demo --overwrite
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-quick: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The lock holds what was tested: newer versions within the ranges of pyproject.toml.
+lock: $(STAMP)
+	$(BIN)/pip install --upgrade --upgrade-strategy eager ".[cluster,peers,dev]"
+	$(BIN)/pip freeze --exclude medssl > requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "medssl needs Python 3.11 or newer; set PYTHON=... to name yours"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo
