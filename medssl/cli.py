@@ -6,18 +6,19 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from medssl import __version__, registry
+from medssl import options as o
 from medssl.errors import EXIT_FAILURE, EXIT_OK, MedsslError, UsageError
 
 app = typer.Typer(
     name="medssl",
-    help="Pretrain on an unlabelled hospital archive, fine-tune with few labels, predict. Research use only: not a medical device.",
+    help="Pretrain on an unlabelled archive, fine-tune with few labels, predict. Research use only: no medical device.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -34,31 +35,6 @@ app.add_typer(list_app, name="list")
 
 screen = Console()
 errors = Console(stderr=True)
-
-Sources = Annotated[list[Path], typer.Argument(help="Folders or files of the archive.", show_default=False)]
-Out = Annotated[Path, typer.Option(help="Folder for the result.", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what is in --out.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
-Geometry = Annotated[
-    Literal["strict", "repair"],
-    typer.Option(
-        help="strict refuses irregular slices; repair resamples tilt and interpolates single gaps, and flags them."
-    ),
-]
-Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes; by default what the machine has.", show_default=False)
-]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
-KeyFile = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="MEDSSL_KEY_FILE",
-        help="Secret of the pseudonyms; by default one is made in OUT/private.",
-        show_default=False,
-    ),
-]
 
 
 def main() -> None:
@@ -85,7 +61,7 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
+    verbose: o.Verbose = False,
 ) -> None:
     if verbose:
         logging.getLogger("medssl").setLevel(logging.INFO)
@@ -93,15 +69,15 @@ def _root(
 
 @app.command()
 def index(
-    sources: Sources,
-    out: Out,
-    geometry: Geometry = "strict",
-    workers: Workers = None,
-    key_file: KeyFile = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    sources: o.Sources,
+    out: o.Out,
+    geometry: o.Geometry = "strict",
+    workers: o.Workers = None,
+    key_file: o.KeyFile = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Index an archive: every file ends in a volume, as a related object, or refused with a code.
 
@@ -127,15 +103,15 @@ def index(
 
 @app.command()
 def convert(
-    sources: Sources,
-    out: Out,
-    geometry: Geometry = "strict",
-    workers: Workers = None,
-    key_file: KeyFile = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    sources: o.Sources,
+    out: o.Out,
+    geometry: o.Geometry = "strict",
+    workers: o.Workers = None,
+    key_file: o.KeyFile = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Write one NIfTI per accepted volume, named by its volume id.
 
@@ -161,23 +137,17 @@ def convert(
 
 @app.command()
 def preprocess(
-    index: Annotated[
-        Path, typer.Argument(help="An INDEX, an nnU-Net raw data set, or a folder of NIfTI files.", show_default=False)
-    ],
-    out: Out,
-    select: Annotated[
-        str | None, typer.Option(help="SQL condition on the INDEX: \"modality = 'MR' AND body_part = 'BRAIN'\".")
-    ] = None,
-    spacing: Annotated[str, typer.Option(help="median, native, or millimetres as Z,Y,X: 1.5,1,1.")] = "median",
-    normalisation: Annotated[str, typer.Option(help="by-modality, or the name of one scheme for all.")] = "by-modality",
-    workers: Workers = None,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler, or local.", show_default=False)
-    ] = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    index: o.Index,
+    out: o.Out,
+    select: o.Select = None,
+    spacing: o.Spacing = "median",
+    normalisation: o.Normalisation = "by-modality",
+    workers: o.Workers = None,
+    scheduler: o.Scheduler = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Orient, crop, resample and normalise the volumes of an INDEX into a store.
 
@@ -205,22 +175,17 @@ def preprocess(
 
 @app.command()
 def pretrain(
-    store: Annotated[Path, typer.Option(help="A store, or an nnU-Net preprocessed folder.", show_default=False)],
-    out: Out,
-    method: Annotated[
-        str | None,
-        typer.Option(help="See `medssl list methods`; by default what the recipe names, else mae.", show_default=False),
-    ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file of settings.", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="One setting, a.b=c; may be repeated.", show_default=False)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the optimiser.", show_default=False)] = None,
-    device: Device = "auto",
-    workers: Workers = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    store: o.Store,
+    out: o.Out,
+    method: o.Method = None,
+    recipe: o.Recipe = None,
+    overrides: o.Overrides = None,
+    steps: o.RecipeSteps = None,
+    device: o.Device = "auto",
+    workers: o.Workers = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Pretrain an encoder without labels.
 
@@ -246,57 +211,29 @@ def pretrain(
 
 @finetune_app.command("segmentation")
 def finetune_segmentation(
-    dataset: Annotated[
-        Path, typer.Option(help="nnU-Net raw folder: imagesTr, labelsTr, dataset.json.", show_default=False)
-    ],
-    checkpoint: Annotated[
-        str,
-        typer.Option(help="A pretraining RUN, a checkpoint file, or none for the scratch twin.", show_default=False),
-    ],
-    out: Out,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")] = 1000,
-    val_every: Annotated[int, typer.Option(min=1, help="Steps between two looks at the validation cases.")] = 100,
-    labelled: Annotated[
-        int | None, typer.Option(min=1, help="Use only so many labelled cases.", show_default=False)
-    ] = None,
-    train_cases: Annotated[
-        str | None, typer.Option(help="Names of training cases, with commas.", show_default=False)
-    ] = None,
-    validation_cases: Annotated[
-        str | None, typer.Option(help="Names of validation cases, with commas.", show_default=False)
-    ] = None,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Peak rate; by default what fits the schedule and checkpoint.", show_default=False),
-    ] = None,
-    schedule: Annotated[str, typer.Option(help="warmup, sawtooth, frozen, poly or constant.")] = "warmup",
-    transfer_decoder: Annotated[
-        bool | None,
-        typer.Option(
-            "--transfer-decoder/--encoder-only",
-            help="By default the decoder comes along where it was pretrained.",
-            show_default=False,
-        ),
-    ] = None,
-    plans_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint whose plans a scratch twin copies.", show_default=False)
-    ] = None,
-    network: Annotated[
-        str | None, typer.Option(help="Network of a run from scratch; see `medssl list networks`.", show_default=False)
-    ] = None,
-    patch_size: Annotated[str | None, typer.Option(help="Voxels as Z,Y,X.", show_default=False)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Crops per step.", show_default=False)] = None,
-    spacing: Annotated[str | None, typer.Option(help="median, or millimetres as Z,Y,X.", show_default=False)] = None,
-    laterality: Annotated[
-        Literal["forbid", "swap-labels", "allow"],
-        typer.Option(help="Left-right mirroring: forbid it, swap the labels of paired organs, or allow it."),
-    ] = "forbid",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    device: Device = "auto",
-    workers: Workers = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    dataset: o.Dataset,
+    checkpoint: o.StartFrom,
+    out: o.Out,
+    steps: o.Steps = 1000,
+    val_every: o.ValEvery = 100,
+    labelled: o.Labelled = None,
+    train_cases: o.TrainCases = None,
+    validation_cases: o.ValidationCases = None,
+    learning_rate: o.LearningRate = None,
+    schedule: o.Schedule = "warmup",
+    transfer_decoder: o.TransferDecoder = None,
+    plans_from: o.PlansFrom = None,
+    network: o.Network = None,
+    patch_size: o.PatchSize = None,
+    batch_size: o.BatchSize = None,
+    spacing: o.TargetSpacing = None,
+    laterality: o.Laterality = "forbid",
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    workers: o.Workers = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune for segmentation inside stock nnU-Net; the result is a valid nnU-Net model folder.
 
@@ -334,25 +271,16 @@ def finetune_segmentation(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Option(help="A segmentation RUN.", show_default=False)],
-    input: Annotated[Path, typer.Option(help="A NIfTI file, a folder of them, or a DICOM series.", show_default=False)],
-    out: Out,
-    step_size: Annotated[
-        float, typer.Option(min=0.1, max=1.0, help="Step of the sliding window as a part of the patch.")
-    ] = 0.5,
-    mirroring: Annotated[
-        bool | None,
-        typer.Option(
-            "--mirroring/--no-mirroring", help="By default where the model's policy allows it.", show_default=False
-        ),
-    ] = None,
-    memory_mb: Annotated[
-        int | None, typer.Option(min=256, help="Memory that accumulating the result may take.", show_default=False)
-    ] = None,
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
+    model: o.Model,
+    input: o.Input,
+    out: o.Out,
+    step_size: o.StepSize = 0.5,
+    mirroring: o.Mirroring = None,
+    memory_mb: o.MemoryMb = None,
+    device: o.Device = "auto",
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Segment volumes; each mask lies on the grid of its source.
 
@@ -379,12 +307,10 @@ def predict(
 
 @evaluate_app.command("segmentation")
 def evaluate_segmentation(
-    predictions: Annotated[Path, typer.Option(help="Folder of masks, or a segmentation RUN.", show_default=False)],
-    references: Annotated[
-        Path, typer.Option(help="Folder of reference masks, or an nnU-Net raw data set.", show_default=False)
-    ],
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.json and cases.csv.", show_default=False)] = None,
-    as_json: AsJson = False,
+    predictions: o.Predictions,
+    references: o.References,
+    out: o.OptionalOut = None,
+    as_json: o.AsJson = False,
 ) -> None:
     """Dice, Jaccard, HD95 and ASSD in mm, per label and case, with bootstrap intervals.
 
@@ -398,10 +324,8 @@ def evaluate_segmentation(
 
 @app.command()
 def compare(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Two or more segmentation RUNs, the first is the baseline.", show_default=False)
-    ],
-    as_json: AsJson = False,
+    runs: o.Runs,
+    as_json: o.AsJson = False,
 ) -> None:
     """Compare runs case by case: paired differences with intervals.
 
@@ -414,16 +338,14 @@ def compare(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A pretraining RUN or a checkpoint file.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
-    format: Annotated[Literal["nnunet", "nnssl", "safetensors"], typer.Option(help="Who shall read it.")] = "nnunet",
-    plans: Annotated[
-        Path | None, typer.Option(help="nnU-Net plans the file shall fit (--format nnunet).", show_default=False)
-    ] = None,
+    run: o.Checkpoint,
+    out: o.OutFile,
+    format: o.Format = "nnunet",
+    plans: o.Plans = None,
 ) -> None:
     """Write a checkpoint for another tool.
 
-    Example: `medssl export run --format nnunet --out encoder.pth`, then `nnUNetv2_train ... -pretrained_weights encoder.pth`
+    Example: `medssl export run --format nnunet --out encoder.pth`
     """
     from medssl.transfer.export import export as write
 
@@ -432,9 +354,9 @@ def export(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="An nnssl, OpenMind or nnU-Net checkpoint.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="File to write.", show_default=False)],
-    as_json: AsJson = False,
+    file: o.ForeignCheckpoint,
+    out: o.OutFile,
+    as_json: o.AsJson = False,
 ) -> None:
     """Read another tool's checkpoint, say what became of each key, and refuse pickles.
 
@@ -446,7 +368,7 @@ def import_(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A RUN.", show_default=False)]) -> None:
+def report(run: o.Run) -> None:
     """Write one self-contained HTML page about a run.
 
     Example: `medssl report run`
@@ -457,23 +379,21 @@ def report(run: Annotated[Path, typer.Argument(help="A RUN.", show_default=False
 
 
 @list_app.command("methods")
-def list_methods(as_json: AsJson = False) -> None:
+def list_methods(as_json: o.AsJson = False) -> None:
     """Pretraining methods."""
     _table("Methods", registry.METHODS.values(), as_json)
 
 
 @list_app.command("networks")
-def list_networks(as_json: AsJson = False) -> None:
+def list_networks(as_json: o.AsJson = False) -> None:
     """Networks."""
     _table("Networks", registry.NETWORKS.values(), as_json)
 
 
 @app.command()
 def doctor(
-    model: Annotated[
-        Path | None, typer.Option(help="A RUN or checkpoint to load and verify.", show_default=False)
-    ] = None,
-    as_json: AsJson = False,
+    model: o.AnyModel = None,
+    as_json: o.AsJson = False,
 ) -> None:
     """Check this machine: libraries, decoders, devices, memory, and a model if one is given.
 
@@ -489,12 +409,10 @@ def doctor(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the result.")] = Path("demo"),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer patients and steps: shows that it runs, not what it can do.")
-    ] = False,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    out: o.DemoOut = Path("demo"),
+    quick: o.Quick = False,
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
 ) -> None:
     """Make a phantom archive and take it through index, pretraining, fine-tuning, prediction and report.
 

@@ -1,0 +1,101 @@
+"""The options of the command line, each said once with its help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+
+def _option(text: str, *names: str, **more: object) -> typer.models.OptionInfo:
+    return typer.Option(*names, help=text, show_default=False, **more)  # type: ignore[arg-type, return-value, call-overload, no-any-return]
+
+
+def _argument(text: str) -> typer.models.ArgumentInfo:
+    return typer.Argument(help=text, show_default=False)  # type: ignore[no-any-return]
+
+
+Sources: TypeAlias = Annotated[list[Path], _argument("Folders or files of the archive.")]
+Index: TypeAlias = Annotated[Path, _argument("An INDEX, an nnU-Net raw data set, or a folder of NIfTI files.")]
+Run: TypeAlias = Annotated[Path, _argument("A RUN.")]
+Runs: TypeAlias = Annotated[list[Path], _argument("Two or more segmentation RUNs; the first is the baseline.")]
+Checkpoint: TypeAlias = Annotated[Path, _argument("A pretraining RUN or a checkpoint file.")]
+ForeignCheckpoint: TypeAlias = Annotated[Path, _argument("An nnssl, OpenMind or nnU-Net checkpoint.")]
+
+Out: TypeAlias = Annotated[Path, _option("Folder for the result.")]
+OutFile: TypeAlias = Annotated[Path, _option("File to write.", "--out")]
+OptionalOut: TypeAlias = Annotated[Path | None, _option("Folder for the result.", "--out")]
+Resume: TypeAlias = Annotated[bool, _option("Continue what is in --out.", "--resume")]
+Overwrite: TypeAlias = Annotated[bool, _option("Replace what is in --out.", "--overwrite")]
+AsJson: TypeAlias = Annotated[bool, _option("Print the result as JSON.", "--json")]
+Quiet: TypeAlias = Annotated[bool, _option("Show no progress.", "--quiet", "-q")]
+Verbose: TypeAlias = Annotated[bool, _option("Log what is done.", "--verbose", "-v")]
+Workers: TypeAlias = Annotated[int | None, _option("Processes; by default what the machine has.", min=0)]
+Device: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed: TypeAlias = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+Geometry: TypeAlias = Annotated[
+    Literal["strict", "repair"],
+    typer.Option(
+        help="strict refuses irregular slices; repair resamples tilt, interpolates single gaps, and flags both."
+    ),
+]
+KeyFile: TypeAlias = Annotated[
+    Path | None,
+    _option("Secret of the pseudonyms; by default one is made in OUT/private.", envvar="MEDSSL_KEY_FILE"),
+]
+Select: TypeAlias = Annotated[str | None, _option("SQL condition: \"modality = 'MR' AND body_part = 'BRAIN'\".")]
+Spacing: TypeAlias = Annotated[str, typer.Option(help="median, native, or millimetres as Z,Y,X: 1.5,1,1.")]
+Normalisation: TypeAlias = Annotated[str, typer.Option(help="by-modality, or the name of one scheme for all.")]
+Scheduler: TypeAlias = Annotated[str | None, _option("Address of a Dask scheduler, or local.")]
+
+Store: TypeAlias = Annotated[Path, _option("A store, or an nnU-Net preprocessed folder.")]
+Method: TypeAlias = Annotated[str | None, _option("See `medssl list methods`; default: the recipe's, else mae.")]
+Recipe: TypeAlias = Annotated[Path | None, _option("YAML file of settings.")]
+Overrides: TypeAlias = Annotated[list[str] | None, _option("One setting, a.b=c; may be repeated.", "--set")]
+RecipeSteps: TypeAlias = Annotated[int | None, _option("Steps of the optimiser.", min=1)]
+
+Dataset: TypeAlias = Annotated[Path, _option("nnU-Net raw folder: imagesTr, labelsTr, dataset.json.")]
+StartFrom: TypeAlias = Annotated[
+    str, _option("A pretraining RUN, a checkpoint file, or none for the scratch twin.", "--checkpoint")
+]
+Steps: TypeAlias = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
+ValEvery: TypeAlias = Annotated[int, typer.Option(min=1, help="Steps between two looks at the validation cases.")]
+Labelled: TypeAlias = Annotated[int | None, _option("Use only so many labelled cases.", min=1)]
+TrainCases: TypeAlias = Annotated[str | None, _option("Names of training cases, with commas.")]
+ValidationCases: TypeAlias = Annotated[str | None, _option("Names of validation cases, with commas.")]
+LearningRate: TypeAlias = Annotated[float | None, _option("Peak rate; by default what fits schedule and checkpoint.")]
+Schedule: TypeAlias = Annotated[str, typer.Option(help="warmup, sawtooth, frozen, poly or constant.")]
+TransferDecoder: TypeAlias = Annotated[
+    bool | None,
+    _option("By default the decoder comes along where it was pretrained.", "--transfer-decoder/--encoder-only"),
+]
+PlansFrom: TypeAlias = Annotated[Path | None, _option("Checkpoint whose plans a scratch twin copies.")]
+Network: TypeAlias = Annotated[str | None, _option("Network of a run from scratch; see `medssl list networks`.")]
+PatchSize: TypeAlias = Annotated[str | None, _option("Voxels as Z,Y,X.")]
+BatchSize: TypeAlias = Annotated[int | None, _option("Crops per step.", min=1)]
+TargetSpacing: TypeAlias = Annotated[str | None, _option("median, or millimetres as Z,Y,X.", "--spacing")]
+Laterality: TypeAlias = Annotated[
+    Literal["forbid", "swap-labels", "allow"],
+    typer.Option(help="Left-right mirroring: forbid it, swap the labels of paired organs, or allow it."),
+]
+
+Model: TypeAlias = Annotated[Path, _option("A segmentation RUN.")]
+AnyModel: TypeAlias = Annotated[Path | None, _option("A RUN or checkpoint to load and verify.", "--model")]
+Input: TypeAlias = Annotated[Path, _option("A NIfTI file, a folder of them, or a DICOM series.")]
+StepSize: TypeAlias = Annotated[
+    float, typer.Option(min=0.1, max=1.0, help="Step of the sliding window, part of a patch.")
+]
+Mirroring: TypeAlias = Annotated[
+    bool | None, _option("By default where the model's policy allows it.", "--mirroring/--no-mirroring")
+]
+MemoryMb: TypeAlias = Annotated[int | None, _option("Memory that accumulating the result may take.", min=256)]
+Predictions: TypeAlias = Annotated[Path, _option("Folder of masks, or a segmentation RUN.")]
+References: TypeAlias = Annotated[Path, _option("Folder of reference masks, or an nnU-Net raw data set.")]
+Format: TypeAlias = Annotated[Literal["nnunet", "nnssl", "safetensors"], typer.Option(help="Who shall read it.")]
+Plans: TypeAlias = Annotated[Path | None, _option("nnU-Net plans the file shall fit (--format nnunet).")]
+DemoOut: TypeAlias = Annotated[Path, typer.Option("--out", help="Folder for the result.")]
+Quick: TypeAlias = Annotated[
+    bool, _option("Fewer patients and steps: shows that it runs, not what it can do.", "--quick")
+]
