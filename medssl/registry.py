@@ -37,6 +37,17 @@ class Entry:
     summary: str
     settings: str = ""
 
+    def row(self) -> dict[str, Any]:
+        """Return what a list of methods shows."""
+        return {
+            "name": self.name,
+            "family": self.family,
+            "dimensions": [f"{number}D" for number in self.dimensions],
+            "transfers": self.transfers,
+            "summary": self.summary,
+            "source": self.source,
+        }
+
     def load(self) -> Any:
         """Import and return the code."""
         return _import(self.place)
@@ -45,6 +56,107 @@ class Entry:
         """Import and return the class of its settings."""
         return _import(self.settings)
 
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """One U-Net that a user can name, as plain numbers: listing networks builds none.
+
+    Args:
+        name: The name on the command line.
+        family: `residual` (residual encoder, plain decoder) or `plain`.
+        features: Channels of each stage, fine to coarse. Every stage but the first halves the grid.
+        blocks: Residual blocks, or convolutions, of each encoder stage.
+        decoder_convolutions: Convolutions of each decoder stage.
+        parameters: Number of weights with one input and one output channel, by dimensions. A test builds and counts.
+        summary: One line for a list.
+    """
+
+    name: str
+    family: str
+    features: tuple[int, ...]
+    blocks: tuple[int, ...]
+    decoder_convolutions: int
+    parameters: dict[int, int]
+    summary: str
+
+    @property
+    def total_stride(self) -> int:
+        """Factor between the input's grid and the coarsest one; a patch's edge must be a multiple of it."""
+        return 2 ** (len(self.features) - 1)
+
+    def row(self) -> dict[str, Any]:
+        """Return what a list of networks shows."""
+        return {
+            "name": self.name,
+            "dimensions": [f"{number}D" for number in sorted(self.parameters)],
+            "stages": len(self.features),
+            "features": list(self.features),
+            "parameters 2D": self.parameters[2],
+            "parameters 3D": self.parameters[3],
+            "patch multiple of": self.total_stride,
+            "summary": self.summary,
+        }
+
+
+NETWORKS: dict[str, NetworkEntry] = {
+    entry.name: entry
+    for entry in (
+        NetworkEntry(
+            name="resenc-l",
+            family="residual",
+            features=(32, 64, 128, 256, 320, 320),
+            blocks=(1, 3, 4, 6, 6, 6),
+            decoder_convolutions=1,
+            parameters={2: 34_530_917, 3: 102_348_965},
+            summary="nnssl's ResEnc-L, the network of the OpenMind checkpoints; a GPU with 24 GB and up",
+        ),
+        NetworkEntry(
+            name="resenc-m",
+            family="residual",
+            features=(32, 64, 128, 256, 256, 256),
+            blocks=(1, 2, 2, 3, 3, 3),
+            decoder_convolutions=1,
+            parameters={2: 14_492_453, 3: 42_653_029},
+            summary="Two fifths of resenc-l; a GPU with 12 GB",
+        ),
+        NetworkEntry(
+            name="resenc-s",
+            family="residual",
+            features=(16, 32, 64, 128, 128),
+            blocks=(1, 2, 2, 2, 2),
+            decoder_convolutions=1,
+            parameters={2: 1_788_948, 3: 5_224_756},
+            summary="Fit for a CPU over night or a small GPU; patches from 64",
+        ),
+        NetworkEntry(
+            name="resenc-xs",
+            family="residual",
+            features=(16, 32, 48, 64),
+            blocks=(1, 1, 2, 2),
+            decoder_convolutions=1,
+            parameters={2: 325_411, 3: 940_611},
+            summary="Fit for two CPU cores; patches of 32 to 64",
+        ),
+        NetworkEntry(
+            name="plain-unet",
+            family="plain",
+            features=(32, 64, 128, 256, 320, 320),
+            blocks=(2, 2, 2, 2, 2, 2),
+            decoder_convolutions=2,
+            parameters={2: 10_710_117, 3: 31_194_789},
+            summary="nnU-Net's U-Net without residual blocks",
+        ),
+        NetworkEntry(
+            name="plain-unet-s",
+            family="plain",
+            features=(16, 32, 64, 128),
+            blocks=(2, 2, 2, 2),
+            decoder_convolutions=2,
+            parameters={2: 483_251, 3: 1_402_067},
+            summary="Small U-Net without residual blocks, fit for a CPU",
+        ),
+    )
+}
 
 METHODS: dict[str, Entry] = {
     entry.name: entry
@@ -72,6 +184,17 @@ def method(name: str) -> Entry:
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     return METHODS[name]
+
+
+def network(name: str) -> NetworkEntry:
+    """Return the entry of a network.
+
+    Raises:
+        UsageError: If there is none of that name; near names are listed.
+    """
+    if name not in NETWORKS:
+        raise unknown_name("network", name, NETWORKS)
+    return NETWORKS[name]
 
 
 def _import(place: str) -> Any:
