@@ -1,0 +1,271 @@
+"""The volume store: normalised volumes that crops are read from without decoding the rest.
+
+A store is a folder: `<volume_id>.b2nd` (blosc2, (C, Z, Y, X)), `<volume_id>_seg.b2nd` where there is a label,
+`<volume_id>.json` with the facts of the volume, and `store.json` with what holds for all. nnU-Net's preprocessed
+folders have the same arrays and open as a store too. Needs numpy and blosc2 only, so that a bare GPU machine reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.errors import DataError, UsageError
+from medssl.files import write_json
+from medssl.preprocessing.store_files import (
+    LABEL_SUFFIX,
+    SCHEMA_VERSION,
+    STORE_FILE,
+    UNFINISHED_FILE,
+    StoreEntry,
+    entry_of,
+    number_of,
+    read_json,
+    remove_leftovers,
+    volume_is_complete,
+    write_volume,
+)
+
+__all__ = ["Store", "StoreEntry", "StoreWriter", "number_of", "write_volume"]
+
+#: Files that one reading process keeps open.
+MAX_OPEN = 64
+
+
+class Store:
+    """Reads a folder of volumes; picklable, so that each reading process opens its own files."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        """Use `Store.open`."""
+        self.folder = folder
+        self.info = info
+        self._facts: dict[str, dict[str, Any]] = {row["id"]: row for row in info["volumes"]}
+        self.ids: list[str] = sorted(self._facts)
+        self._entries: dict[str, StoreEntry] = {}
+        self._open_arrays: OrderedDict[str, Any] = OrderedDict()
+
+    @staticmethod
+    def open(path: Path | str) -> Store:
+        """Open a medssl store or an nnU-Net preprocessed configuration folder.
+
+        Raises:
+            UsageError: If the folder is neither, or is a store that was not finished.
+            DataError: If `store.json` is damaged.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder; --store needs a store. `medssl preprocess` makes one.")
+        if (folder / STORE_FILE).is_file():
+            info = read_json(folder / STORE_FILE)
+            if info.get("kind") != "store" or info.get("schema_version", 0) > SCHEMA_VERSION:
+                raise DataError(
+                    f"{folder / STORE_FILE} is of schema {info.get('schema_version')}; this medssl reads up to "
+                    f"{SCHEMA_VERSION}. Install the medssl that wrote it, or preprocess again."
+                )
+            return Store(folder, info)
+        if (folder / UNFINISHED_FILE).is_file():
+            raise UsageError(f"{folder} is a store that was not finished: run the same `medssl preprocess` --resume.")
+        from medssl.preprocessing.nnunet_folder import NnunetStore, is_nnunet_folder
+
+        if is_nnunet_folder(folder):
+            return NnunetStore.of_folder(folder)
+        raise UsageError(
+            f"{folder} is no store: it has neither {STORE_FILE} nor nnU-Net's .b2nd files. "
+            "`medssl preprocess` makes a store."
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open_arrays": OrderedDict()}
+
+    @property
+    def hash(self) -> str:
+        """Hash of all voxels, labels and facts; the same data preprocessed the same way has the same hash."""
+        return str(self.info["hash"])
+
+    def ids_of(self, split: str) -> list[str]:
+        """Return the sorted ids of one split, or of all with `all`, without reading the facts of each volume."""
+        return [name for name in self.ids if split in ("all", self._facts[name]["split"])]
+
+    @property
+    def modalities(self) -> set[str]:
+        """The modalities of its volumes."""
+        return {str(row["modality"]) for row in self._facts.values()}
+
+    def entry(self, volume_id: str) -> StoreEntry:
+        """Return the facts of a volume.
+
+        Raises:
+            UsageError: If there is none of that id.
+            DataError: If its file of facts is damaged.
+        """
+        if volume_id not in self._entries:
+            self._require(volume_id)
+            self._entries[volume_id] = self._read_entry(volume_id)
+        return self._entries[volume_id]
+
+    def read(
+        self, volume_id: str, start: Sequence[int], stop: Sequence[int], channels: Sequence[int] | None = None
+    ) -> NDArray[np.float32]:
+        """Return a crop; only the blocks it touches are decoded.
+
+        Args:
+            volume_id: One of `ids`.
+            start: First voxel (z, y, x).
+            stop: Voxel behind the last (z, y, x).
+            channels: Which channels; all by default.
+
+        Returns:
+            Normalised intensities. Shape: (C, z, y, x), float32.
+
+        Raises:
+            ValueError: If the crop does not lie inside the volume: padding is the caller's.
+        """
+        array = self._array(volume_id)
+        box = self._box(volume_id, array.shape[1:], start, stop)
+        if channels is None:
+            crop = self._decode(volume_id, array, (slice(None), *box))
+        else:
+            crop = np.stack([self._decode(volume_id, array, (channel, *box)) for channel in channels])
+        return crop.astype(np.float32, copy=False)
+
+    def read_label(self, volume_id: str, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.int16] | None:
+        """Return the label of a crop, or None where the volume has none. Shape: (z, y, x), int16."""
+        if not self.has_label(volume_id):
+            return None
+        array = self._array(volume_id + LABEL_SUFFIX)
+        box = self._box(volume_id, array.shape[1:], start, stop)
+        return self._clean_label(self._decode(volume_id, array, (0, *box)).astype(np.int16, copy=False))
+
+    def has_label(self, volume_id: str) -> bool:
+        """Tell whether a volume has a label."""
+        self._require(volume_id)
+        return bool(self._facts[volume_id]["has_label"])
+
+    def _read_entry(self, volume_id: str) -> StoreEntry:
+        facts = read_json(self.folder / f"{volume_id}.json")
+        try:
+            return entry_of(volume_id, facts)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.folder / volume_id}.json is damaged ({error}). Preprocess again with --overwrite."
+            ) from error
+
+    def _clean_label(self, label: NDArray[np.int16]) -> NDArray[np.int16]:
+        return label
+
+    def _array(self, stem: str) -> Any:
+        if stem in self._open_arrays:
+            self._open_arrays.move_to_end(stem)
+            return self._open_arrays[stem]
+        volume_id = stem.removesuffix(LABEL_SUFFIX) if stem not in self._facts else stem
+        self._require(volume_id)
+        path = self.folder / f"{stem}.b2nd"
+        try:
+            array = blosc2.open(str(path), mode="r", mmap_mode="r", dparams=blosc2.DParams(nthreads=1))
+        except (OSError, RuntimeError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{path} cannot be opened ({error}). Copy the store again, or preprocess it again with --overwrite."
+            ) from error
+        self._open_arrays[stem] = array
+        if len(self._open_arrays) > MAX_OPEN:
+            self._open_arrays.popitem(last=False)
+        return array
+
+    def _decode(self, volume_id: str, array: Any, index: tuple[Any, ...]) -> NDArray[Any]:
+        try:
+            return np.asarray(array[index])
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"{volume_id} in {self.folder} cannot be decoded ({error}). Copy the store again or preprocess again."
+            ) from error
+
+    def _box(
+        self, volume_id: str, shape: Sequence[int], start: Sequence[int], stop: Sequence[int]
+    ) -> tuple[slice, slice, slice]:
+        if any(not 0 <= a < b <= size for a, b, size in zip(start, stop, shape, strict=True)):
+            raise ValueError(
+                f"{volume_id}: crop {tuple(start)} to {tuple(stop)} is not inside a volume of {tuple(shape)}"
+            )
+        z, y, x = (slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+        return z, y, x
+
+    def _require(self, volume_id: str) -> None:
+        if volume_id not in self._facts:
+            raise UsageError(
+                f"{self.folder} has no volume '{volume_id}'; it has {len(self.ids)}, see its {STORE_FILE}."
+            )
+
+
+class StoreWriter:
+    """Writes a store volume by volume; a volume counts as there when its facts are, and they are written last."""
+
+    def __init__(self, out: Path, info: Mapping[str, Any], resume: bool = False) -> None:
+        """Start a store, or continue one that was begun with the same `info`.
+
+        Args:
+            out: Folder; created where it is missing.
+            info: What holds for all volumes (spacing, normalisation, fingerprint, provenance); JSON-able.
+            resume: Keep the volumes that are complete.
+
+        Raises:
+            UsageError: If `resume` meets a store that was begun with another `info`.
+        """
+        self.out = Path(out)
+        self.info = json.loads(json.dumps(dict(info), allow_nan=False))
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in (STORE_FILE, UNFINISHED_FILE):
+            path = self.out / name
+            if resume and path.is_file():
+                before = read_json(path)
+                differing = sorted(key for key in self.info if before.get(key) != self.info[key])
+                if differing:
+                    raise UsageError(
+                        f"{self.out} was begun with other settings ({', '.join(differing)}). "
+                        "Use --overwrite, or another --out."
+                    )
+        remove_leftovers(self.out)
+        write_json(self.out / UNFINISHED_FILE, self.info)
+        # A finished store that is continued counts as unfinished until finish() has run again.
+        (self.out / STORE_FILE).unlink(missing_ok=True)
+
+    def complete(self, volume_id: str) -> bool:
+        """Tell whether a volume was written whole."""
+        return volume_is_complete(self.out, volume_id)
+
+    def add(
+        self,
+        volume_id: str,
+        array: NDArray[Any],
+        properties: Mapping[str, Any],
+        label: NDArray[Any] | None = None,
+    ) -> None:
+        """Write one volume whole or not at all; see `write_volume`."""
+        write_volume(self.out, volume_id, array, properties, label)
+
+    def finish(self) -> Store:
+        """Write `store.json` over all complete volumes and return the store."""
+        rows = []
+        for path in sorted(self.out.glob("*.json")):
+            if path.name in (STORE_FILE, UNFINISHED_FILE) or not volume_is_complete(self.out, path.stem):
+                continue
+            facts = read_json(path)
+            kept = ("modality", "patient_key", "split", "shape", "spacing_mm", "has_label", "voxels_sha256")
+            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+            rows.append({"id": path.stem, **{key: facts[key] for key in kept}, "facts_sha256": digest})
+        rows.sort(key=lambda row: row["id"])
+        digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        content = {"kind": "store", "schema_version": SCHEMA_VERSION, **self.info, "volumes": rows, "hash": digest}
+        write_json(self.out / STORE_FILE, content)
+        (self.out / UNFINISHED_FILE).unlink(missing_ok=True)
+        return Store.open(self.out)

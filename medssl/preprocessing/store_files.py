@@ -1,0 +1,176 @@
+"""The files of one volume in a store: how they are named, packed, written whole, and read back as facts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from numpy.typing import NDArray
+
+from medssl.errors import DataError, MedsslError
+from medssl.files import write_bytes, write_json
+
+STORE_FILE = "store.json"
+#: Settings of a store that is being written; what `--resume` compares.
+UNFINISHED_FILE = "unfinished.json"
+LABEL_SUFFIX = "_seg"
+SCHEMA_VERSION = 1
+MAX_FOREGROUND = 512
+#: Chunk and block edges. Decoding is by block, reading from disk by chunk: crops of 32 to 160 voxels touch few of both.
+CHUNK, BLOCK = 64, 32
+CHUNK_2D, BLOCK_2D = 512, 64
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}-.+")
+_SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """The facts of one volume.
+
+    Attributes:
+        id: Name of the volume in its store.
+        number: Stable number of the volume: a function of its id only.
+        shape: (C, Z, Y, X).
+        spacing_mm: Voxel size (z, y, x).
+        modality: DICOM's code, for example `CT` or `MR`.
+        patient_key: Pseudonym of the patient.
+        split: `train`, `validation` or `test`.
+        background: Value of what lies outside the body, after normalisation; padding takes it.
+        foreground: Voxels (z, y, x) drawn from the tissue with a fixed seed. Shape: (N, 3), N <= 512, int64.
+        has_label: Whether there is a label.
+        properties: Everything else that was written down, for example the original geometry.
+    """
+
+    id: str
+    number: int
+    shape: tuple[int, int, int, int]
+    spacing_mm: tuple[float, float, float]
+    modality: str
+    patient_key: str
+    split: str
+    background: float
+    foreground: NDArray[np.int64] = field(repr=False)
+    has_label: bool
+    properties: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def write_volume(
+    out: Path, volume_id: str, array: NDArray[Any], properties: Mapping[str, Any], label: NDArray[Any] | None = None
+) -> None:
+    """Write one volume into a store's folder, its facts last; safe to call from several processes.
+
+    Args:
+        out: The store's folder.
+        volume_id: Letters, digits, `.`, `_`, `+` and `-`.
+        array: Normalised intensities, kept as they are if float16, else as float32. Shape: (C, Z, Y, X).
+        properties: `spacing_mm` (z, y, x), `modality`, `patient_key`, `split`, `background`, `foreground`
+            (N <= 512 rows z, y, x) and whatever else shall be kept; JSON-able.
+        label: Classes, or None. Shape: (Z, Y, X).
+
+    Raises:
+        ValueError: If a shape, the id or a property does not fit.
+    """
+    if not _SAFE_ID.fullmatch(volume_id) or volume_id.endswith(LABEL_SUFFIX):
+        raise ValueError(
+            f"'{volume_id}' cannot name a volume: use letters, digits and ._+- and no {LABEL_SUFFIX} at the end"
+        )
+    if array.ndim != 4 or 0 in array.shape:
+        raise ValueError(f"{volume_id}: a volume needs a non-empty (C, Z, Y, X) array, got {array.shape}")
+    if label is not None and label.shape != array.shape[1:]:
+        raise ValueError(f"{volume_id}: label has shape {label.shape}, the image {array.shape[1:]}")
+    array = np.ascontiguousarray(array, dtype=np.float16 if array.dtype == np.float16 else np.float32)
+    digest = hashlib.sha256(array.data)
+    contents = {volume_id: _compress(array)}
+    if label is not None:
+        label = np.ascontiguousarray(label[None], dtype=np.int16)
+        digest.update(label.data)
+        contents[volume_id + LABEL_SUFFIX] = _compress(label)
+    facts = {
+        **properties,
+        "schema_version": SCHEMA_VERSION,
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "has_label": label is not None,
+        "voxels_sha256": digest.hexdigest(),
+        "bytes": {stem: len(content) for stem, content in contents.items()},
+    }
+    try:
+        entry = entry_of(volume_id, facts)
+    except KeyError as error:
+        raise ValueError(f"{volume_id}: the property {error} is missing") from error
+    if len(entry.foreground) > MAX_FOREGROUND:
+        raise ValueError(f"{volume_id}: {len(entry.foreground)} foreground voxels, at most {MAX_FOREGROUND} are kept")
+    facts["foreground"] = entry.foreground.tolist()
+    for stem, content in contents.items():
+        write_bytes(out / f"{stem}.b2nd", content)
+    write_json(out / f"{volume_id}.json", facts)
+
+
+def volume_is_complete(out: Path, volume_id: str) -> bool:
+    """Tell whether the facts of a volume are there and its arrays have the size that they name."""
+    try:
+        facts = read_json(out / f"{volume_id}.json")
+        return all((out / f"{stem}.b2nd").stat().st_size == size for stem, size in facts["bytes"].items())
+    except (OSError, MedsslError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove the temporary files of a process that was killed."""
+    for path in out.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def number_of(volume_id: str) -> int:
+    """Return the stable number of a volume: 63 bits of a hash of its id."""
+    return int.from_bytes(hashlib.blake2b(volume_id.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _compress(array: NDArray[Any]) -> bytes:
+    # LZ4 decodes 2.5 times as fast as Zstandard for 7 % more bytes on resampled MR; both are lossless.
+    flat = array.shape[1] == 1
+    edges = [(CHUNK_2D if flat else CHUNK), (BLOCK_2D if flat else BLOCK)]
+    chunks, blocks = ((1, *(min(edge, size) for size in array.shape[1:])) for edge in edges)
+    parameters = blosc2.CParams(
+        codec=blosc2.Codec.LZ4, clevel=5, nthreads=1, filters=[blosc2.Filter.SHUFFLE], typesize=array.itemsize
+    )
+    packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=parameters)
+    return bytes(packed.to_cframe())
+
+
+def entry_of(volume_id: str, facts: Mapping[str, Any]) -> StoreEntry:
+    channels, depth, height, width = (int(size) for size in facts["shape"])
+    z, y, x = (float(size) for size in facts["spacing_mm"])
+    known = ("shape", "spacing_mm", "modality", "patient_key", "split", "background", "foreground", "has_label")
+    return StoreEntry(
+        id=volume_id,
+        number=number_of(volume_id),
+        shape=(channels, depth, height, width),
+        spacing_mm=(z, y, x),
+        modality=str(facts["modality"]),
+        patient_key=str(facts["patient_key"]),
+        split=str(facts["split"]),
+        background=float(facts["background"]),
+        foreground=np.asarray(facts["foreground"], dtype=np.int64).reshape(-1, 3),
+        has_label=bool(facts["has_label"]),
+        properties={key: value for key, value in facts.items() if key not in known},
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}). Preprocess again with --overwrite.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} does not hold a JSON object. Preprocess again with --overwrite.")
+    return content

@@ -1,0 +1,84 @@
+"""What of a volume is tissue: a threshold by modality, and voxels drawn from it with a fixed seed. Numpy only."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: HU above which something is body and not air; lung parenchyma lies at -950 to -700.
+CT_AIR_HU = -900.0
+_BINS = 256
+#: Values looked at for a threshold: a regular grid of about this many voxels.
+_SAMPLED = 262_144
+
+
+def otsu_threshold(values: NDArray[Any]) -> float:
+    """Return the threshold that best separates two groups of values (Otsu, IEEE Trans. SMC 1979).
+
+    Args:
+        values: Finite numbers, of any shape.
+
+    Returns:
+        Values above it belong to the brighter group. The smallest value minus nothing where all are equal.
+    """
+    flat = np.asarray(values, dtype=np.float64).ravel()
+    low, high = float(flat.min()), float(np.quantile(flat, 0.999))
+    if high <= low:
+        return low
+    counts, edges = np.histogram(np.clip(flat, low, high), bins=_BINS, range=(low, high))
+    centers = (edges[:-1] + edges[1:]) / 2
+    weight = np.cumsum(counts)[:-1].astype(np.float64)
+    total = float(counts.sum())
+    mass = np.cumsum(counts * centers)
+    mean_below = mass[:-1] / np.maximum(weight, 1)
+    mean_above = (mass[-1] - mass[:-1]) / np.maximum(total - weight, 1)
+    between = weight * (total - weight) * (mean_below - mean_above) ** 2
+    return float(edges[int(np.argmax(between)) + 1])
+
+
+def tissue_threshold(image: NDArray[Any], modality: str = "MR") -> float:
+    """Return the value above which a voxel counts as tissue.
+
+    Args:
+        image: One channel before normalisation (any range where `modality` is not `CT`). Shape: (Z, Y, X).
+        modality: `CT` takes the fixed threshold in HU, everything else half of Otsu's distance from the darkest value:
+            Otsu alone would take grey matter and muscle for background where fat is bright.
+    """
+    if modality == "CT":
+        return CT_AIR_HU
+    sample = subsample(image)
+    low = float(sample.min())
+    return low + (otsu_threshold(sample) - low) / 2
+
+
+def tissue_mask(image: NDArray[Any], modality: str = "MR") -> NDArray[np.bool_]:
+    """Return where a channel shows tissue; everywhere if nothing is above the threshold. Shape: (Z, Y, X)."""
+    mask = np.asarray(image > tissue_threshold(image, modality))
+    return mask if mask.any() else np.ones(image.shape, dtype=bool)
+
+
+def subsample(image: NDArray[Any]) -> NDArray[Any]:
+    """Return a regular grid of voxels, few enough to sort."""
+    step = max(1, int(np.ceil((image.size / _SAMPLED) ** (1 / image.ndim))))
+    return image[tuple(slice(None, None, step if size > step else 1) for size in image.shape)]
+
+
+def sample_voxels(mask: NDArray[np.bool_], count: int, name: str) -> NDArray[np.int64]:
+    """Draw voxels of a mask without repetition; the same name draws the same ones.
+
+    Args:
+        mask: Shape: (Z, Y, X).
+        count: How many at most.
+        name: Seeds the draw.
+
+    Returns:
+        Sorted coordinates (z, y, x). Shape: (N, 3).
+    """
+    places = np.flatnonzero(mask)
+    key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
+    rng = np.random.Generator(np.random.Philox(key=key))
+    chosen = np.sort(rng.choice(places, size=min(count, places.size), replace=False))
+    return np.stack(np.unravel_index(chosen, mask.shape), axis=1).astype(np.int64)
