@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,22 +13,16 @@ BatchT = TypeVar("BatchT", bound="_OnDevice")
 
 
 class _OnDevice:
-    """Moves every tensor field of a dataclass."""
+    """Moves the tensor fields of a dataclass, except those that are only read to draw parameters."""
+
+    stay_on_cpu: ClassVar[frozenset[str]] = frozenset()
 
     def to(self: BatchT, device: torch.device | str, *, non_blocking: bool = False) -> BatchT:
-        """Return a copy with every tensor on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self: BatchT) -> BatchT:
-        """Return a copy with every tensor in page-locked memory; `DataLoader` calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self: BatchT, change: object) -> BatchT:
-        assert callable(change)
+        """Return a copy on `device`; facts that parameters are drawn from stay where they are."""
         changes = {
-            item.name: change(value)
+            item.name: value.to(device, non_blocking=non_blocking)
             for item in dataclasses.fields(self)  # type: ignore[arg-type]
-            if isinstance(value := getattr(self, item.name), Tensor)
+            if isinstance(value := getattr(self, item.name), Tensor) and item.name not in self.stay_on_cpu
         }
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
@@ -38,7 +32,8 @@ class Batch(_OnDevice):
     """Crops of one size and what is known of each.
 
     Spatial axes are (Z, Y, X) in 3D and (Y, X) in 2D; every fact with three components keeps the order (Z, Y, X)
-    also in 2D.
+    also in 2D. Image and label move with `to`; the facts stay on the CPU, where parameters are drawn from them: read
+    from a GPU, each of them would make the host wait for the device.
 
     Args:
         image: Intensities as stored, float32. Shape: (B, C, Z, Y, X) or (B, C, Y, X).
@@ -53,6 +48,10 @@ class Batch(_OnDevice):
         patient_key: One pseudonym per sample.
         label: Class of each voxel, or None. Shape: (B, Z, Y, X) or (B, Y, X), int64.
     """
+
+    stay_on_cpu: ClassVar[frozenset[str]] = frozenset(
+        {"sample_index", "sample_id", "origin_mm", "spacing_mm", "valid", "background"}
+    )
 
     image: Tensor
     sample_index: Tensor

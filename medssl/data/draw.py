@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from medssl.data.generators import generator_of, stream_key
 
 
 class Draw:
@@ -72,10 +73,10 @@ class Draw:
     def _keys(self) -> list[bytes]:
         name = "/".join((*self.path, str(self._calls)))
         self._calls += 1
-        return [hashlib.blake2b(f"{self.seed}|{index}|{name}".encode(), digest_size=16).digest() for index in self.sample_index]
+        return [stream_key(self.seed, index, name) for index in self.sample_index]
 
     def _generators(self) -> list[np.random.Generator]:
-        return [np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))) for key in self._keys()]
+        return [generator_of(key) for key in self._keys()]
 
     @staticmethod
     def _stack(values: list[object], dtype: torch.dtype) -> Tensor:
