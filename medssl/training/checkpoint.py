@@ -212,7 +212,8 @@ def _refuse_unsafe_container(path: Path) -> None:
 def _unsafe(path: Path, reason: str) -> str:
     return (
         f"{path} is refused: {reason}. Loading it could run code. Ask its author for a file that torch.load(..., "
-        "weights_only=True) reads, or, in a sandbox without secrets and network, keep the tensors alone: torch.save({'network_weights': torch.load(FILE, weights_only=False)['network_weights']}, NEW_FILE)."
+        "weights_only=True) reads, or, in a sandbox without secrets and network, keep the tensors alone: "
+        "torch.save({'network_weights': torch.load(FILE, weights_only=False)['network_weights']}, NEW_FILE)."
     )
 
 

@@ -50,7 +50,8 @@ class Step:
 class Method(nn.Module):
     """What a learning method sees, minimises and exports. One file each.
 
-    A method does not know about files, devices, precision, ranks, logging or the optimiser's plumbing.
+    A method does not know about files, devices, precision, logging or the optimiser's plumbing. It is built as
+    `method(network, policy, settings)`: the U-Net, the augmentation that `needs.policy` asked for, and its settings.
 
     Attributes:
         needs: What the sampler and the policy must deliver.
@@ -63,6 +64,11 @@ class Method(nn.Module):
     network: nn.Module
     encoder: Encoder
     trains_decoder: ClassVar[bool] = False
+
+    @staticmethod
+    def output_channels(in_channels: int) -> int:
+        """Return how many channels the network must put out; a reconstruction has those of the image."""
+        return in_channels
 
     def views(self, batch: Batch, draw: Draw) -> Views:
         """Augment, mask and mix a batch; `draw` gives parameters per sample. Runs without gradients."""
