@@ -1,8 +1,8 @@
 """Pseudonyms: keyed hashes (HMAC-SHA256, RFC 2104) in place of identities, and the split of patients that follows.
 
 A bare hash of a hospital number can be found again by trying all numbers; a keyed one cannot without the key. The key
-is made once per user (`~/.config/medssl/pseudonym.key`, or `$XDG_CONFIG_HOME`) and copied into `INDEX/private/`, so that
-one patient has one pseudonym and one side of the split in every index that a user makes. `--key-file` and the variable
+is made once per user (`~/.config/medssl/pseudonym.key`, or `$XDG_CONFIG_HOME`) and copied into `INDEX/private/`: one
+patient has one pseudonym and one side of the split in every index that a user makes. `--key-file` and the variable
 `MEDSSL_KEY_FILE` name another one, for example from a secret's mount; that one is never copied.
 """
 
