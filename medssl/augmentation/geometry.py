@@ -1,0 +1,168 @@
+"""Where the voxels of a view lie in the crop that was read: maps, and what of a view shows the volume.
+
+Everything here is in three dimensions (Z, Y, X), with one slice in 2D, and lives on the CPU unless a device is named.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medssl.augmentation.transform import Parameters, broadcast, to_device
+
+
+def rotation_matrices(angle_degrees: Tensor) -> Tensor:
+    """Return R = Rz Ry Rx on vectors (z, y, x). Shape of the angles: (B, 3) about (z, y, x); of the result: (B, 3, 3).
+
+    A positive angle about an axis turns the two others into each other in their order (z, y), (z, x), (y, x).
+    """
+    result = torch.eye(3, dtype=torch.float64).repeat(len(angle_degrees), 1, 1)
+    for axis, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
+        angle = torch.deg2rad(angle_degrees[:, axis].double())
+        turn = torch.eye(3, dtype=torch.float64).repeat(len(angle_degrees), 1, 1)
+        turn[:, a, a] = turn[:, b, b] = angle.cos()
+        turn[:, a, b], turn[:, b, a] = -angle.sin(), angle.sin()
+        result = result @ turn
+    return result
+
+
+def view_to_crop(parameters: Parameters, spacing_mm: Tensor, offset: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """Return the map from a voxel of the view to a voxel of the crop.
+
+    With o a voxel of the view, c the view's centre, S the voxel sizes, R the rotation, s the scale and F the mirroring:
+    crop voxel = offset + shift + c + S^-1 R s S F (o - c). Without rotation and scale it is a whole-voxel crop.
+
+    Args:
+        parameters: `angle_degrees`, `scale`, `mirror`, `shift` of `Spatial.draw`.
+        spacing_mm: Shape: (B, 3).
+        offset: First voxel of the unshifted patch in the crop.
+        patch: Size of the view.
+
+    Returns:
+        Shape: (B, 3, 4), float64.
+    """
+    spacing = spacing_mm.double()
+    centre = (torch.tensor(patch, dtype=torch.float64) - 1) / 2
+    flip = 1 - 2 * parameters["mirror"].double()
+    linear = rotation_matrices(parameters["angle_degrees"]) * parameters["scale"].double()[:, None]
+    linear = linear * spacing[:, None] / spacing[:, :, None] * flip[:, None]
+    position = torch.tensor(offset, dtype=torch.float64) + parameters["shift"].double() + centre
+    return torch.cat([linear, (position - linear @ centre)[:, :, None]], dim=2)
+
+
+def is_resampled(parameters: Parameters) -> Tensor:
+    """Tell which samples need interpolation. Shape: (B,), bool."""
+    turned = (parameters["angle_degrees"] != 0).any(dim=1)
+    return turned | (parameters["scale"] != 1).any(dim=1) | (parameters["elastic_strength"] > 0)
+
+
+def valid_box(valid: Tensor, parameters: Parameters, offset: Sequence[int], patch: Sequence[int]) -> Tensor:
+    """Return the part of each cropped and mirrored view that lies inside the volume. Shape: (B, 3, 2), int64."""
+    size = torch.tensor(patch)[:, None]
+    start = torch.tensor(offset) + parameters["shift"]
+    box = torch.minimum((valid - start[:, :, None]).clamp(min=0), size)
+    mirrored = (size - box).flip(2)
+    return torch.where(parameters["mirror"][:, :, None], mirrored, box)
+
+
+def wholly_inside(matrix: Tensor, valid: Tensor, patch: Sequence[int]) -> Tensor:
+    """Tell for which affine views every voxel lies inside: a box maps to a convex body, so its corners decide."""
+    corners = torch.tensor(list(itertools.product(*((0, edge - 1) for edge in patch))), dtype=torch.float64)
+    positions = corners @ matrix[:, :, :3].transpose(1, 2) + matrix[:, None, :, 3]
+    low, high = _limits(valid)
+    return ((positions >= low[:, None]) & (positions <= high[:, None])).flatten(1).all(dim=1)
+
+
+def box_mask(box: Tensor, patch: Sequence[int], device: torch.device) -> Tensor:
+    """Return True inside each box. Shape of the box: (B, 3, 2); of the result: (B, 1, Z, Y, X), bool."""
+    box = to_device(box, device)
+    along = []
+    for axis, edge in enumerate(patch):
+        index = torch.arange(edge, device=device)
+        along.append((index >= box[:, axis, :1]) & (index < box[:, axis, 1:]))
+    z, y, x = along
+    return z[:, None, :, None, None] & y[:, None, None, :, None] & x[:, None, None, None, :]
+
+
+def positions_inside(
+    matrix: Tensor, valid: Tensor, patch: Sequence[int], offset: Tensor | None, device: torch.device
+) -> Tensor:
+    """Return where the nearest voxel of each mapped position lies inside the volume.
+
+    Args:
+        matrix: View to crop. Shape: (N, 3, 4).
+        valid: Part of the crop inside the volume. Shape: (N, 3, 2).
+        patch: Size of the view.
+        offset: Elastic part in voxels of the crop. Shape: (N, 3, Z, Y, X), or None.
+        device: Where the mask is returned.
+
+    Returns:
+        Shape: (N, 1, Z, Y, X), bool.
+    """
+    m = to_device(matrix, device, torch.float32)
+    low, high = (to_device(limit, device, torch.float32) for limit in _limits(valid))
+    z, y, x = (
+        torch.arange(edge, device=device, dtype=torch.float32).reshape([-1 if a == axis else 1 for a in range(3)])
+        for axis, edge in enumerate(patch)
+    )
+    result = torch.ones((len(m), *patch), dtype=torch.bool, device=device)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1, 1)
+
+    for axis in range(3):
+        row = m[:, axis]
+        position = spread(row[:, 0]) * z + spread(row[:, 1]) * y + (spread(row[:, 2]) * x + spread(row[:, 3]))
+        if offset is not None:
+            position = position + offset[:, axis]
+        result &= (position >= spread(low[:, axis])) & (position <= spread(high[:, axis]))
+    return result[:, None]
+
+
+def crop(
+    image: Tensor, start: Tensor, mirror: Tensor, chosen: Tensor, background: Tensor, patch: Sequence[int]
+) -> Tensor:
+    """Cut and mirror whole-voxel views, bit for bit.
+
+    Args:
+        image: Crops as read. Shape: (B, C, Z, Y, X).
+        start: First voxel of each view; may lie outside the crop. Shape: (B, 3), int64, on the CPU.
+        mirror: Axes to mirror. Shape: (B, 3), bool, on the CPU.
+        chosen: Rows to fill; the others are left as they come from memory. Shape: (B,), bool, on the CPU.
+        background: Value where a view leaves the crop. Shape: (B,), on the CPU.
+        patch: Size of the views.
+
+    Returns:
+        Always new memory. Shape: (B, C, *patch).
+    """
+    result = image.new_empty((*image.shape[:2], *patch))
+    groups: dict[tuple[int | bool, ...], list[int]] = {}
+    for row in chosen.nonzero()[:, 0].tolist():
+        groups.setdefault((*start[row].tolist(), *mirror[row].tolist()), []).append(row)
+    for key, rows in groups.items():
+        first, flips = [int(value) for value in key[:3]], [axis for axis in range(3) if key[3 + axis]]
+        low = [max(a, 0) for a in first]
+        high = [min(a + edge, size) for a, edge, size in zip(first, patch, image.shape[2:], strict=True)]
+        source = image[(slice(None), slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
+        everyone = len(rows) == len(image)
+        index = None if everyone else to_device(torch.tensor(rows), image.device)
+        part = source if index is None else source.index_select(0, index)
+        if part.shape[2:] != result.shape[2:]:
+            padded = broadcast(background[torch.tensor(rows)], image).expand(*part.shape[:2], *patch).clone()
+            where = (slice(a - f, b - f) for a, b, f in zip(low, high, first, strict=True))
+            padded[(slice(None), slice(None), *where)] = part
+            part = padded
+        part = part.flip([axis + 2 for axis in flips]) if flips else part
+        if index is None:
+            result.copy_(part)
+        else:
+            result.index_copy_(0, index, part)
+    return result
+
+
+def _limits(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the outer faces of the first and last voxel; a little inside, against rounding."""
+    return valid[:, :, 0].double() - 0.5 + 1e-4, valid[:, :, 1].double() - 0.5 - 1e-4

@@ -1,0 +1,147 @@
+"""What transforms share: parameters are drawn per sample on the CPU, then applied to the batch by a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from medssl.config import Settings
+from medssl.data.draw import Draw
+
+# What was drawn, one row per sample, on the CPU: it can be logged, shared between views and replayed.
+Parameters = dict[str, Tensor]
+SettingsT = TypeVar("SettingsT", bound="TransformSettings")
+
+
+class TransformSettings(Settings):
+    """What every transform can be told.
+
+    Args:
+        probability: How often a sample is changed.
+    """
+
+    probability: float = Field(default=0.0, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What parameters may depend on.
+
+    Args:
+        modality: One known modality per sample.
+        spacing_mm: Voxel size (z, y, x) of each sample. Shape: (B, 3), float64, on the CPU.
+        size: Spatial size of the image that the transform will meet, (Z, Y, X) or (Y, X).
+        channels: Its channels.
+    """
+
+    modality: tuple[str, ...]
+    spacing_mm: Tensor
+    size: tuple[int, ...]
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.modality)
+
+
+class Transform(Generic[SettingsT]):
+    """Base of the intensity transforms.
+
+    A subclass draws with `values` and changes rows with `change`; the base chooses who is changed and touches nobody
+    else, so that a sample that drew nothing keeps its bits and a sample's result does not depend on its batch mates.
+
+    Args:
+        by_modality: Settings for each modality that the policy meets; a modality that is missing is never changed.
+    """
+
+    name: ClassVar[str]
+    settings_class: ClassVar[type[TransformSettings]]
+
+    def __init__(self, by_modality: Mapping[str, SettingsT]) -> None:
+        self.by_modality = dict(by_modality)
+
+    def draw(self, facts: Facts, rng: Draw) -> Parameters:
+        """Draw one row of parameters per sample; `active` (B, C) tells which channels are changed."""
+        shape = (facts.channels,)
+        probability = self.per_sample(facts, lambda settings: settings.probability)
+        active = rng.uniform(0, 1) < probability
+        per_channel = self.per_sample(facts, lambda settings: getattr(settings, "per_channel", 1.0), missing=1.0)
+        chosen = rng.uniform(0, 1, shape) < per_channel[:, None]
+        return {"active": active[:, None] & chosen, **self.values(facts, rng)}
+
+    def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
+        """Return the changed batch; the input is not modified. Shape: (B, C, ...)."""
+        return self.apply_(image.clone(), parameters)
+
+    def apply_(self, image: Tensor, parameters: Parameters) -> Tensor:
+        """Change a batch that the caller owns, in place, and return it."""
+        active = parameters["active"]
+        rows = active.any(dim=1).nonzero()[:, 0]
+        if len(rows) == 0:
+            return image
+        values = {name: value[rows] for name, value in parameters.items()}
+        everyone = len(rows) == len(image)
+        index = None if everyone else to_device(rows, image.device)
+        before = image if index is None else image.index_select(0, index)
+        after = self.change(before, values)
+        if not bool(values["active"].all()):
+            after = torch.where(broadcast(values["active"], image), after, before)
+        return image.copy_(after) if index is None else image.index_copy_(0, index, after)
+
+    def values(self, facts: Facts, rng: Draw) -> Parameters:
+        """Draw what this transform needs besides who is changed."""
+        raise NotImplementedError
+
+    def change(self, image: Tensor, values: Parameters) -> Tensor:
+        """Return the changed rows; `image` must not be modified. `values` are on the CPU."""
+        raise NotImplementedError
+
+    def per_sample(self, facts: Facts, of: Callable[[Any], float], missing: float = 0.0) -> Tensor:
+        """Return one number of the settings for each sample. Shape: (B,), float32."""
+        known = {modality: float(of(settings)) for modality, settings in self.by_modality.items()}
+        return torch.tensor([known.get(modality, missing) for modality in facts.modality], dtype=torch.float32)
+
+    def uniform(self, facts: Facts, rng: Draw, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Draw from the range that the settings call `name`. Shape: (B, *shape)."""
+        low, high = self._range(facts, name, shape)
+        return low + (high - low) * rng.uniform(0, 1, shape)
+
+    def around_one(self, facts: Facts, rng: Draw, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """Draw factors below one as often as above, uniformly on either side, as nnU-Net does. Shape: (B, *shape)."""
+        low, high = self._range(facts, name, shape)
+        below = (rng.uniform(0, 1, shape) < 0.5) & (low < 1)
+        u = rng.uniform(0, 1, shape)
+        above = low.clamp(min=1) + (high - low.clamp(min=1)) * u
+        return torch.where(below, low + (high.clamp(max=1) - low) * u, above)
+
+    def _range(self, facts: Facts, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        low = self.per_sample(facts, lambda settings: getattr(settings, name)[0], missing=1.0)
+        high = self.per_sample(facts, lambda settings: getattr(settings, name)[1], missing=1.0)
+        trailing = (slice(None), *([None] * len(shape)))
+        return low[trailing], high[trailing]
+
+
+def to_device(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Move drawn parameters to the image's device without making the host wait."""
+    values = values if dtype is None else values.to(dtype)
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def broadcast(values: Tensor, image: Tensor) -> Tensor:
+    """Bring (B,) or (B, C) parameters to the image's device and number of axes; floats to its dtype."""
+    dtype = image.dtype if values.is_floating_point() else None
+    moved = to_device(values, image.device, dtype)
+    return moved.reshape(*moved.shape, *([1] * (image.ndim - moved.ndim)))
+
+
+def ranges_are_ordered(value: Sequence[float]) -> Sequence[float]:
+    """Check a (low, high) pair of a policy."""
+    if value[0] > value[1]:
+        raise ValueError(f"the range {tuple(value)} has its larger number first")
+    return value
