@@ -1,7 +1,7 @@
 # Each target does all of its own set-up: `make demo` and `make test` work on a fresh clone.
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-quick check format lock clean
@@ -31,7 +31,8 @@ lock: $(STAMP)
 	$(BIN)/pip freeze --exclude medssl > requirements.lock
 
 $(STAMP): pyproject.toml requirements.lock
-	@command -v $(PYTHON) >/dev/null || { echo "medssl needs Python 3.11 or newer; set PYTHON=... to name yours"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "medssl needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
