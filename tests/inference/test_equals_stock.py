@@ -8,9 +8,9 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from tests.inference.tiny_models import make_model, read_mask, stock_predict, write_volume
 
 from medssl.inference.predict import predict
+from tests.inference.tiny_models import make_model, read_mask, stock_predict, write_volume
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "finer network grid": {"spacing": (0.8, 0.9, 1.0)},
