@@ -65,7 +65,7 @@ def load(path: Path, geometry: Geometry = "strict") -> Volume:
     c, z, y, x = header.layout.shape
     channels: Any = "scalar" if c == 1 else "frames"
     intent = int(header.fields["intent_code"])
-    if header.dtype.kind == "V" or intent in (_RGB, _RGBA, _VECTOR) and c == 3:
+    if header.dtype.kind == "V" or (intent in (_RGB, _RGBA, _VECTOR) and c == 3):
         channels = "colour"
     if header.dtype.kind == "V":
         parts = len(header.dtype.names or ())
