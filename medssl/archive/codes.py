@@ -177,9 +177,19 @@ _DICOM: tuple[Code, ...] = (
     Code("geometry", "tilt_resampled+gap_interpolated", "Both repairs.", ""),
     Code("geometry", "picture", "A 2D image.", ""),
 )
+# Found when a volume is preprocessed; they stand in the store's failed.json.
+_PREPROCESSING: tuple[Code, ...] = (
+    Code("refused", "no_content", "Nothing but air or zeros.", "Leave it out with --select."),
+    Code("refused", "no_contrast", "All voxels of the content have one value: it cannot be normalised.", "Leave it out with --select."),
+    Code("refused", "resampled_too_large", "The asked voxel size makes the volume too large.", "Ask for a larger --spacing, or use median or native."),
+    Code("refused", "channels_differ", "The channel files of a case differ in shape or grid.", "Resample them to one grid."),
+    Code("refused", "label_shape_differs", "The label has another shape than its image.", "Give the label that belongs to the image."),
+    Code("refused", "label_grid_differs", "The label lies elsewhere than its image.", "Resample the label to the image's grid, or mend its matrix."),
+    Code("refused", "label_values_unknown", "The label has values that dataset.json does not list.", 'Fix the mask, or add the value to "labels" (ignore: "ignore": VALUE).'),
+)
 # fmt: on
 
-CODES: dict[str, Code] = {entry.code: entry for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM)}
+CODES: dict[str, Code] = {entry.code: entry for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING)}
 
 
 def codes_of(group: Group) -> list[Code]:
