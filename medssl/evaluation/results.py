@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from medssl.errors import DataError, UsageError
+from medssl.evaluation.masks import find_labels, mask_files
 from medssl.evaluation.overlap import METRICS
-from medssl.evaluation.segmentation import SegmentationResult, evaluate_segmentation
+from medssl.evaluation.segmentation import SegmentationResult, evaluate_segmentation, measure
 
 Values = dict[str, dict[str, dict[str, float]]]
 
@@ -20,8 +19,7 @@ def run_scores(run: Path, references: Path | None = None) -> Values:
     """Return `scores[metric][label][case]`, NaN where a metric is undefined.
 
     Looked for, in this order: `metrics.json` of `medssl evaluate segmentation` in `run` or `run/validation`; masks in
-    `run/validation` (or `run`) measured against `references`, against what `run/validation/references.json` names, or
-    against `labelsTr` of the data set in `run/recipe.yaml`.
+    `run/validation` (or `run`) measured against `references`, or against what `run/validation/references.json` names.
 
     Args:
         run: A segmentation RUN, a folder of `evaluate segmentation --out`, or a folder of masks.
@@ -41,25 +39,70 @@ def run_scores(run: Path, references: Path | None = None) -> Values:
 
 
 def measure_run(run: Path, references: Path | None = None, *, quiet: bool = True) -> SegmentationResult:
-    """Measure the validation masks of a run.
+    """Measure the validation masks of a run; a validation case without a mask counts as missed.
+
+    Args:
+        run: A segmentation RUN or a folder of masks.
+        references: Folder of reference masks; by default what the RUN's own files name.
+        quiet: Show no progress.
 
     Raises:
         UsageError: If there are no masks or nothing says what to compare them with.
     """
     masks = run / "validation" if (run / "validation").is_dir() else run
-    if not any(masks.glob("*.nii*")):
+    found = mask_files(masks)
+    if not found:
         raise UsageError(
             f"{run} has neither metrics.json nor masks in validation/. Give a finished segmentation RUN, or the --out "
             "folder of `medssl evaluate segmentation`."
         )
-    where = references or _references_of(run)
-    if where is None:
+    if references is not None:
+        return evaluate_segmentation(masks, references, cases=sorted(found), quiet=quiet)
+    wanted = {name: case.label for name, case in validation_cases(run).items()}
+    if not wanted:
         raise UsageError(
-            f"{run} does not say where its reference masks are. Measure it first: medssl evaluate segmentation "
-            f"--predictions {masks} --references DATASET/labelsTr --out {masks}"
+            f"{run} does not say where its reference masks are, or they are no longer there. Measure it first: medssl "
+            f"evaluate segmentation --predictions {masks} --references DATASET/labelsTr --out {masks}"
         )
-    predicted = {path.name.removesuffix(".gz").removesuffix(".nii") for path in masks.glob("*.nii*")}
-    return evaluate_segmentation(masks, where, cases=sorted(predicted), quiet=quiet)
+    folder = next(iter(wanted.values())).parent
+    labels, ignore = find_labels(None, run / "validation", folder)
+    if labels is None:
+        raise UsageError(f"{run} has no dataset.json that names its labels. Give a whole segmentation RUN.")
+    return measure(found, wanted, labels, ignore, quiet=quiet)
+
+
+@dataclass(frozen=True)
+class ValidationCase:
+    """Where a validation case lies.
+
+    Args:
+        label: Its reference mask.
+        images: Its channels.
+    """
+
+    label: Path
+    images: tuple[Path, ...]
+
+
+def validation_cases(run: Path) -> dict[str, ValidationCase]:
+    """Return the validation cases of a RUN whose references are still where its files say.
+
+    Raises:
+        DataError: If `validation/references.json` is damaged.
+    """
+    listed = run / "validation" / "references.json"
+    if not listed.is_file():
+        return {}
+    try:
+        content = json.loads(listed.read_text())
+        folder = Path(content["folder"])
+        cases = {
+            str(name): ValidationCase(folder / entry["label"], tuple(folder / image for image in entry["images"]))
+            for name, entry in content["cases"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{listed} does not name the references: {error!r}.") from error
+    return {name: case for name, case in cases.items() if case.label.is_file()}
 
 
 def values_of(result: SegmentationResult) -> Values:
@@ -82,22 +125,3 @@ def _read(path: Path) -> Values:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no output of `medssl evaluate segmentation`: {error!r}. Measure again.") from error
     return values
-
-
-def _references_of(run: Path) -> Path | None:
-    """Return the folder of references that a run's own files name, if it is still there."""
-    candidates: list[Any] = []
-    listed = run / "validation" / "references.json"
-    if listed.is_file():
-        content = json.loads(listed.read_text())
-        if isinstance(content, dict):
-            candidates.append(content.get("folder") or content.get("references"))
-    recipe = run / "recipe.yaml"
-    if recipe.is_file():
-        content = yaml.safe_load(recipe.read_text())
-        if isinstance(content, dict) and content.get("dataset"):
-            candidates.append(Path(str(content["dataset"])) / "labelsTr")
-    for candidate in candidates:
-        if isinstance(candidate, str | Path) and Path(candidate).is_dir():
-            return Path(candidate)
-    return None

@@ -190,16 +190,39 @@ def evaluate_segmentation(
     named, ignore = find_labels(labels, predictions, references)
     if named is None:
         named = _labels_of(list(wanted.values()))
-    rows: list[CaseScores] = []
-    with progress("Evaluating", len(wanted), quiet=quiet) as advance:
-        for name, path in sorted(wanted.items()):
-            rows.extend(_case(name, found.get(name), path, named, ignore))
-            advance(1, name)
-    missing = tuple(sorted(set(wanted) - set(found)))
-    result = SegmentationResult(named, tuple(rows), missing, tuple(sorted(set(found) - set(wanted))), seed)
+    result = measure(found, wanted, named, ignore, seed=seed, quiet=quiet)
     if out is not None:
         write_result(result, out)
     return result
+
+
+def measure(
+    predictions: Mapping[str, Path],
+    references: Mapping[str, Path],
+    labels: Labels,
+    ignore: int | None = None,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> SegmentationResult:
+    """Measure masks given by case name; see `evaluate_segmentation`.
+
+    Args:
+        predictions: Masks; a reference without one counts as missed.
+        references: Masks.
+        labels: Values of each label or region.
+        ignore: Reference value whose voxels count for nobody.
+        seed: Of the bootstrap.
+        quiet: Show no progress.
+    """
+    rows: list[CaseScores] = []
+    with progress("Evaluating", len(references), quiet=quiet) as advance:
+        for name, path in sorted(references.items()):
+            rows.extend(_case(name, predictions.get(name), path, labels, ignore))
+            advance(1, name)
+    missing = tuple(sorted(set(references) - set(predictions)))
+    extra = tuple(sorted(set(predictions) - set(references)))
+    return SegmentationResult(labels, tuple(rows), missing, extra, seed)
 
 
 def write_result(result: SegmentationResult, out: Path) -> None:

@@ -24,7 +24,7 @@ def slow_signed_rank(values: list[float]) -> float:
     seen = sum(ranks[value] for value in values if value > 0)
     extreme = min(seen, total - seen)
     sums = [
-        sum(rank for rank, keep in zip(ranks.values(), signs) if keep)
+        sum(rank for rank, keep in zip(ranks.values(), signs, strict=False) if keep)
         for signs in itertools.product((0, 1), repeat=len(values))
     ]
     return min(1.0, sum(min(each, total - each) <= extreme for each in sums) / len(sums))
@@ -35,7 +35,10 @@ def make_run(folder: Path, shifts: dict[str, int]) -> Path:
     for case, shift in shifts.items():
         write(folder / "validation" / f"{case}.nii.gz", block(2 + shift))
         write(folder.parent / "labelsTr" / f"{case}.nii.gz", block(2))
-    (folder / "recipe.yaml").write_text(f"dataset: {folder.parent}\n")
+    cases = {case: {"label": f"labelsTr/{case}.nii.gz", "images": []} for case in shifts}
+    listed = {"folder": str(folder.parent), "cases": cases}
+    (folder / "validation" / "references.json").write_text(json.dumps(listed))
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "organ": 1}}))
     return folder
 
 
@@ -94,6 +97,14 @@ def test_a_missed_case_counts_in_dice_and_is_named_unpaired_in_distance(tmp_path
     assert found["hd95_mm"].unpaired == 1
 
 
+def test_a_validation_case_that_was_never_predicted_counts_as_missed(tmp_path: Path) -> None:
+    first = make_run(tmp_path / "first", {"a": 1, "b": 1})
+    second = make_run(tmp_path / "second", {"a": 1, "b": 1})
+    (second / "validation" / "b.nii.gz").unlink()
+    dice = compare([first, second]).differences[0]
+    assert dice.estimate.cases == 2 and dice.estimate.mean == pytest.approx(-0.75 / 2)
+
+
 def test_every_pair_can_be_compared(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / name, {"a": shift, "b": 1}) for name, shift in (("x", 0), ("y", 1), ("z", 2))]
     pairs = {(row.baseline, row.run) for row in compare(runs, all_pairs=True).differences}
@@ -116,8 +127,8 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
         compare([run])
     with pytest.raises(UsageError, match="same run twice"):
         compare([run, run])
-    with pytest.raises(UsageError, match="no metric named 'dize'.*dice"):
+    with pytest.raises(UsageError, match=r"no metric named 'dize'.*dice"):
         compare([run, tmp_path], metrics=["dize"])
-    (run / "recipe.yaml").unlink()
+    (run / "validation" / "references.json").unlink()
     with pytest.raises(UsageError, match="medssl evaluate segmentation --predictions"):
         compare([make_run(tmp_path / "other", {"a": 1}), run])

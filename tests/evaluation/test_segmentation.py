@@ -127,7 +127,7 @@ def test_a_damaged_mask_is_named(folders: tuple[Path, Path]) -> None:
     predictions, references = folders
     whole = (predictions / "a.nii.gz").read_bytes()
     (predictions / "a.nii.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="a.nii.gz cannot be read as a mask"):
+    with pytest.raises(DataError, match=r"a\.nii\.gz cannot be read as a mask"):
         evaluate_segmentation(predictions, references, quiet=True)
 
 
@@ -172,7 +172,7 @@ def test_overall_is_the_mean_over_cases_of_the_labels_they_hold(folders: tuple[P
 
 def test_folders_that_share_no_case_are_an_error(folders: tuple[Path, Path], tmp_path: Path) -> None:
     write(tmp_path / "other" / "q.nii.gz", block())
-    with pytest.raises(DataError, match="No prediction in .* has the name of a reference"):
+    with pytest.raises(DataError, match=r"No prediction in .* has the name of a reference"):
         evaluate_segmentation(tmp_path / "other", folders[1], quiet=True)
     with pytest.raises(UsageError, match="does not exist"):
         evaluate_segmentation(tmp_path / "nothing", folders[1], quiet=True)
