@@ -95,6 +95,21 @@ def build_from_architecture(
     return network
 
 
+def freeze_unused_outputs(network: nn.Module) -> None:
+    """Take the gradient from the coarse output layers, which are not used without deep supervision.
+
+    They stay in the network, since nnU-Net's weights name them; DDP would wait for their gradients.
+    """
+    for layer in network.decoder.seg_layers[:-1]:  # type: ignore[union-attr, index]
+        layer.requires_grad_(False)
+
+
+def freeze_decoder(network: nn.Module) -> None:
+    """Take the gradient from the decoder, for methods that train the encoder alone."""
+    for name in ("stages", "transpconvs", "seg_layers"):
+        getattr(network.decoder, name).requires_grad_(False)
+
+
 def count_parameters(network: nn.Module) -> int:
     """Return the number of weights, each counted once however many names it has."""
     return sum(parameter.numel() for parameter in network.parameters())

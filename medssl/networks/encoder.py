@@ -19,6 +19,8 @@ class Encoder(nn.Module):
         super().__init__()
         object.__setattr__(self, "_unet", unet)
         encoder = unet.encoder
+        # The first weight is that of the first convolution, (out, in, *kernel), whatever the stem is called.
+        self.in_channels = int(next(iter(encoder.parameters())).shape[1])  # type: ignore[union-attr]
         self.widths: tuple[int, ...] = tuple(int(width) for width in encoder.output_channels)  # type: ignore[union-attr]
         self.strides: tuple[tuple[int, ...], ...] = _running_product(encoder.strides)  # type: ignore[union-attr, arg-type]
 

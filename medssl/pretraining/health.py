@@ -67,11 +67,20 @@ def local_mean(image: Tensor, visible: Tensor, reach: int) -> Tensor:
     """
     image = at_least_float32(image)
     weight = visible.to(image.dtype)
-    pool = F.avg_pool3d if image.ndim == 5 else F.avg_pool2d
-    window = [2 * min(reach, size - 1) + 1 for size in image.shape[2:]]
-    pad = [edge // 2 for edge in window]
-    total = pool(torch.where(visible, image, 0.0), window, 1, pad)
-    share = pool(weight, window, 1, pad)
+    known = torch.where(visible, image, 0.0)
     axes = tuple(range(2, image.ndim))
-    overall = torch.where(visible, image, 0.0).sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1)
-    return torch.where(share > 0, total / share.clamp(min=1e-12), overall)
+    overall = known.sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1)
+    total, share = _box_mean(known, reach), _box_mean(weight, reach)
+    return torch.where(share > 1e-6, total / share.clamp(min=1e-6), overall)
+
+
+def _box_mean(image: Tensor, reach: int) -> Tensor:
+    """Return the mean over a box around each voxel, zeros beyond the border, one axis after the other."""
+    axes = image.ndim - 2
+    pool = F.avg_pool3d if axes == 3 else F.avg_pool2d
+    for axis, size in enumerate(image.shape[2:]):
+        side = min(reach, size - 1)
+        window = [2 * side + 1 if number == axis else 1 for number in range(axes)]
+        pad = [side if number == axis else 0 for number in range(axes)]
+        image = pool(image, window, 1, pad)
+    return image

@@ -80,8 +80,7 @@ class MaskedAutoencoder(Method):
         self.encoder = Encoder(network)
         self.policy = policy
         self.settings = settings
-        channels = int(network.encoder.stem.convs[0].conv.in_channels if hasattr(network.encoder, "stem") else 1)  # type: ignore[union-attr, index]
-        self.token = nn.Parameter(torch.zeros(channels)) if settings.mask.fill == "token" else None
+        self.token = nn.Parameter(torch.zeros(self.encoder.in_channels)) if settings.mask.fill == "token" else None
 
     def views(self, batch: Batch, draw: Draw) -> Views:
         """Augment, then choose what to hide; the input is blanked later, where the token has its gradient."""
@@ -105,7 +104,7 @@ class MaskedAutoencoder(Method):
 
     def restore(self, view: View) -> Tensor:
         """Return the U-Net's image of a view with blanked voxels. Shape: (B, C, *spatial)."""
-        return self.network(self.blank(view))  # type: ignore[no-any-return]
+        return self.network(self.blank(view))
 
     def blank(self, view: View) -> Tensor:
         """Return the input with hidden voxels replaced. Shape: (B, C, *spatial)."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -133,7 +134,7 @@ class _Loop:
             self.state.restore(state, fabric.device)
         self.module, self.optimiser = fabric.setup(_Terms(self.method), optimiser)
         # Signals are agreed on by the processors, so that agreeing does not wait for the devices.
-        self.processors = torch.distributed.new_group(backend="gloo") if fabric.world_size > 1 else None
+        self.processors: Any = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
         self.metrics: MetricsWriter | None = None
         self.spacing_mm = torch.ones(3)
         self.rate = 0.0
@@ -183,11 +184,10 @@ class _Loop:
                 terms = self.module(_Work(views, now))
                 loss = self._weigh(terms) / settings.accumulate
                 self.fabric.backward(loss)
-            for name, value in {
-                "loss": loss,
-                **{name: term / settings.accumulate for name, term in terms.items()},
-            }.items():
-                figures[name] = figures[name] + value.detach() if name in figures else value.detach()
+            parts = {"loss": loss.detach()} | {
+                name: term.detach() / settings.accumulate for name, term in terms.items()
+            }
+            figures = {name: figures[name] + value if name in figures else value for name, value in parts.items()}
         if settings.clip_gradient is not None:
             figures["gradient_norm"] = self._clip(settings.clip_gradient)
         state.window.add(figures)
@@ -306,7 +306,7 @@ class _Loop:
         if self.fabric.world_size == 1:
             return stop, save
         agreed = torch.tensor([stop, int(save)])
-        torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX, group=self.processors)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.processors)
         return int(agreed[0]), bool(agreed[1])
 
     def _save(self, finished: bool) -> None:

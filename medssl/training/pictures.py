@@ -25,7 +25,7 @@ def pictures_of_views(views: Views) -> dict[str, Tensor]:
     images: dict[str, Tensor] = {}
     for number, view in enumerate(views, start=1):
         prefix = f"view {number}: " if len(views) > 1 else ""
-        if view.target is not None:
+        if view.target is not None and view.target is not view.image:
             images[f"{prefix}target"] = view.target
         images[f"{prefix}input"] = view.image
         if view.mask is not None:
@@ -54,7 +54,7 @@ def draw_grid(images: Mapping[str, Tensor], spacing_mm: Sequence[float], title: 
     figure = Figure(figsize=(INCHES * len(columns), INCHES * len(rows) + 0.6), dpi=DOTS_PER_INCH, layout="constrained")
     figure.suptitle(title, fontsize=9)
     axes = np.asarray(figure.subplots(len(rows), len(columns), squeeze=False))
-    for line, (label, slices, aspect) in zip(axes, rows, strict=True):
+    for row, (line, (label, slices, aspect)) in enumerate(zip(axes, rows, strict=True)):
         low, high = _range(slices[0])
         for axis, name, content in zip(line, columns, slices, strict=True):
             axis.set_facecolor("tab:blue")
@@ -64,7 +64,7 @@ def draw_grid(images: Mapping[str, Tensor], spacing_mm: Sequence[float], title: 
             )  # fmt: skip
             axis.set_xticks([])
             axis.set_yticks([])
-            if line is axes[0]:
+            if row == 0:
                 axis.set_title(name, fontsize=9)
         line[0].set_ylabel(label, fontsize=8)
     stream = io.BytesIO()

@@ -104,7 +104,7 @@ def random_state() -> dict[str, Any]:
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "numpy": [kind, [int(word) for word in words], int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
+        "numpy": [kind, [int(word) for word in words], int(position), int(has_gauss), float(gauss)],
         "python": [version, list(numbers), second],
     }
 

@@ -1,0 +1,217 @@
+"""Pretrain an encoder without labels: the Python twin of `medssl pretrain`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from medssl import registry
+from medssl.augmentation.policy import Policy, policy_for
+from medssl.config import apply_overrides, read_yaml
+from medssl.data.loader import CropLoader
+from medssl.data.sampling import CropSettings, Split
+from medssl.networks.build import build_from_architecture, freeze_decoder, freeze_unused_outputs
+from medssl.preprocessing.store import Store
+from medssl.pretraining.folder import (
+    claim,
+    newest_checkpoint,
+    refuse_changes,
+    spacing_of,
+    stored_recipe,
+    write_facts,
+)
+from medssl.pretraining.recipe import PretrainingSettings, exported, settle
+from medssl.training.checkpoint import SCHEMA_VERSION, load_checkpoint
+from medssl.training.devices import find_machine, launch, on_main, own_random_state
+from medssl.training.environment import library_versions
+from medssl.training.loop import Job, train
+from medssl.training.method import Method
+from medssl.training.nnssl_plan import adaptation_plan
+
+logger = logging.getLogger(__name__)
+
+
+def pretrain(
+    method: str | None,
+    store: Path,
+    out: Path,
+    *,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    steps: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+    workers: int | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Pretrain a network on the training volumes of a store and return the final checkpoint.
+
+    On the CPU a run that was killed at any step and resumed ends with the same weights, bit for bit, as one that was
+    not. SIGTERM and Ctrl-C save and end it (exit code 143 and 130); SIGUSR1 saves and goes on.
+
+    Args:
+        method: A key of `medssl.registry.METHODS`; None takes the recipe's, or `mae`.
+        store: A store of `medssl preprocess`, or an nnU-Net preprocessed folder.
+        out: The RUN.
+        recipe: YAML of settings, see `medssl.pretraining.recipe.PretrainingSettings` and the method's own.
+        overrides: Settings `a.b=c` that win over the recipe.
+        steps: Steps of the optimiser; wins over both.
+        resume: Go on from the newest intact checkpoint of `out`; without a recipe its own recipe is used.
+        overwrite: Replace the pretraining in `out`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        workers: Reader processes; by default what the machine has to spare.
+        quiet: Show no progress.
+
+    Raises:
+        UsageError: If a setting is unknown or does not fit, or `out` is taken.
+        DataError: If the store has no training volumes.
+        TrainingStopped: If a guard stopped the run.
+        Interrupted: If a signal did, after it was saved.
+    """
+    source, out = Store.open(store), Path(out)
+    before = stored_recipe(out) if resume else None
+    values = read_yaml(recipe) if recipe is not None else dict(before or {})
+    values = apply_overrides(values, overrides)
+    arguments = {"method": method, "steps": steps, "workers": workers}
+    values |= {name: value for name, value in arguments.items() if value is not None}
+    machine = find_machine(device, int(values.get("devices", 1)))
+    settings = settle(values, source, machine, str(recipe or "settings"))
+    if before is not None:
+        refuse_changes(out, before, settings, source)
+    fabric = launch(machine, settings.precision, device)
+    with (
+        claim(out, fabric, resume=resume, overwrite=overwrite),
+        own_random_state(settings.seed + fabric.global_rank, machine.cuda),
+    ):
+        return _run(settings, source, out, fabric, resume=resume, quiet=quiet)
+
+
+def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric, *, resume: bool, quiet: bool) -> Path:
+    saved = on_main(fabric, lambda: newest_checkpoint(out)) if resume else None
+    state = None
+    if saved is not None:
+        state = load_checkpoint(saved)["medssl"].get("training")
+        if state is None:
+            logger.warning("%s is finished already: nothing is left to do.", out)
+            return saved
+        logger.info("Going on from %s.", saved.name)
+    on_main(fabric, lambda: write_facts(out, settings, store))
+    kind = registry.method(settings.method).load()
+    policy = policy_for(kind.needs.policy, store.modalities, settings.patch_size, settings.augmentation)
+    with ExitStack() as stack:
+        loader = stack.enter_context(_loader(settings, store, fabric, policy, kind.needs, "train", _workers(settings)))
+        validation = None
+        if settings.validate_every:
+            validation = stack.enter_context(_loader(settings, store, fabric, policy, kind.needs, "validation", 0))
+        method = _build(kind, settings, policy, loader.channels)
+        export = _Export(settings, store, method)
+        job = Job(method, settings, loader, validation, out, export, f"Pretraining {settings.method}")
+        return train(job, fabric, state=state, quiet=quiet)
+
+
+def _build(kind: type[Method], settings: PretrainingSettings, policy: Policy, in_channels: int) -> Method:
+    """Return the method on a fresh network, the same for the same seed whatever was drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        network = build_from_architecture(settings.architecture, in_channels, kind.output_channels(in_channels))
+        freeze_unused_outputs(network)
+        if not kind.trains_decoder:
+            freeze_decoder(network)
+        return kind(network, policy, settings.of_method())
+
+
+def _loader(
+    settings: PretrainingSettings, store: Store, fabric: Fabric, policy: Policy, needs: Any, split: Split, workers: int
+) -> CropLoader:
+    sampling = settings.sampling
+    crops = CropSettings(
+        patch_size=settings.patch_size,
+        batch_size=settings.batch_size,
+        read_size=policy.read_size,
+        foreground_probability=sampling.foreground_probability,
+        crops_per_volume=max(sampling.crops_per_volume, needs.crops_per_volume),
+        spread=sampling.spread,
+        balance=sampling.balance,
+        channels=sampling.channels,
+        labels=needs.labels,
+    )
+    return CropLoader(
+        store,
+        crops,
+        seed=settings.seed,
+        workers=workers,
+        rank=fabric.global_rank,
+        world=fabric.world_size,
+        device=fabric.device,
+        split=split,
+    )
+
+
+def _workers(settings: PretrainingSettings) -> int:
+    """Return the reader processes: all but one processor, at most 8; one of two is better spent on training."""
+    if settings.workers is not None:
+        return settings.workers
+    spare = len(os.sched_getaffinity(0)) // settings.devices - 1
+    return 0 if spare < 2 else min(spare, 8)
+
+
+class _Export:
+    """Makes the content of a checkpoint.
+
+    Args:
+        settings: The resolved recipe.
+        store: Where the volumes are; its hash is kept, nothing that names a volume.
+        method: What is trained.
+    """
+
+    def __init__(self, settings: PretrainingSettings, store: Store, method: Method) -> None:
+        self.settings, self.store, self.method = settings, store, method
+
+    def __call__(self, weights: dict[str, Tensor], step: int, state: dict[str, Any] | None) -> dict[str, Any]:
+        settings, plan = self.settings, self.settings.architecture
+        spacing, modalities = spacing_of(self.store), sorted(self.store.modalities)
+        entry = registry.method(settings.method)
+        in_channels = self.method.encoder.in_channels
+        ours = {
+            "schema_version": SCHEMA_VERSION,
+            "method": settings.method,
+            "recipe": exported(settings),
+            "step": step,
+            "architecture": {
+                "name": settings.network,
+                "dimensions": plan.dimensions,
+                "in_channels": in_channels,
+                "network_class_name": plan.network_class_name,
+                "arch_kwargs": plan.arch_kwargs,
+                "kw_requires_import": list(plan.kw_requires_import),
+            },
+            "patch_size": list(settings.patch_size),
+            "spacing_mm": spacing,
+            "normalisation": self.store.info.get("normalisation"),
+            "trains_decoder": self.method.trains_decoder,
+            "modalities": modalities,
+            "data_hash": self.store.hash,
+            "averaged": settings.ema is not None,
+            "library_versions": library_versions(),
+        }
+        return {
+            "network_weights": weights,
+            "nnssl_adaptation_plan": adaptation_plan(
+                plan,
+                in_channels=in_channels,
+                patch_size=settings.patch_size,
+                spacing_mm=spacing,
+                modalities=modalities,
+            ),
+            "citations": [{"type": "method", "name": settings.method, "apa_citations": [entry.source]}],
+            "medssl": ours if state is None else {**ours, "training": state},
+        }
