@@ -15,7 +15,7 @@ from medssl.data.draw import Draw
 # Part of the voxels of the resampled views that may lie outside what was read; they are filled and marked not `inside`.
 # All corners of all draws would need 2.2 times the patch along each axis, 11 times the voxels, for few views.
 OUTSIDE_PART = 0.05
-DRAWS = 512
+DRAWS = 1024
 POINTS_PER_AXIS = 7
 
 
@@ -25,7 +25,8 @@ def read_size_for(spatial: Spatial) -> tuple[int, ...]:
     Isotropic voxels are assumed. The size differs from the patch by an even number along each axis, so that both have
     one centre.
     """
-    sizes = [_read_size(spatial, modality) for modality in spatial.by_modality]
+    different = {settings: modality for modality, settings in spatial.by_modality.items()}
+    sizes = [_read_size(spatial, modality) for modality in different.values()]
     return tuple(max(edges) for edges in zip(*sizes, strict=True))
 
 

@@ -184,7 +184,7 @@ class Policy:
             if not (low >= bounds[0] and high <= bounds[1]):
                 raise DataError(
                     f"After the transform '{transform}' a {name} sample spans {low:g} to {high:g}; normalised "
-                    f"{name} lies in {bounds[0]} to {bounds[1]}. Look at the volume's normalisation, or at the policy's strength."
+                    f"{name} lies in {bounds[0]} to {bounds[1]}. Look at the volume's normalisation or the policy."
                 )
 
 

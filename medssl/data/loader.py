@@ -79,6 +79,11 @@ class CropLoader:
         """Channels of every crop."""
         return self._reader.sampler.channels
 
+    @property
+    def reader_processes(self) -> list[int]:
+        """Ids of the reader processes; empty before the first batch and without workers."""
+        return [] if self._pool is None else self._pool.process_ids
+
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of the steps `start_step`, `start_step + 1`, ... without end.
 
