@@ -46,6 +46,7 @@ class Size:
     defects: bool = True
 
 
+HOSPITAL = Size()
 QUICK = Size(ct_patients=6, mr_patients=2, new_patients=3)
 
 
@@ -96,7 +97,7 @@ class Truth:
 
 
 def write_archive(
-    out: Path, *, seed: int = 0, size: Size | None = None, workers: int | None = None, quiet: bool = False
+    out: Path, *, seed: int = 0, size: Size = HOSPITAL, workers: int | None = None, quiet: bool = False
 ) -> list[Truth]:
     """Scan every patient and write the archive.
 
@@ -110,7 +111,6 @@ def write_archive(
     Returns:
         One entry per series that is whole.
     """
-    size = size or Size()
     plans = plan_series(seed, size)
     workers = min(2, os.cpu_count() or 1) if workers is None else workers
     truths: list[Truth] = []

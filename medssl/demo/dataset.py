@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,7 +108,7 @@ def write_label(path: Path, case: Case, seed: int) -> None:
     """Draw the organs of a case's patient on its image's grid, through the image's own affine."""
     import nibabel as nib
 
-    image = nib.load(case.image)
+    image: Any = nib.load(case.image)
     where = Grid(tuple(image.shape[2::-1]), np.asarray(image.affine, np.float64))
     mask = labels(body(seed, case.patient), where, breath_mm=case.breath_mm, organs=TASK)
     label = nib.Nifti1Image(np.ascontiguousarray(mask.transpose(2, 1, 0)), image.affine)

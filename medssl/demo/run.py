@@ -1,4 +1,4 @@
-"""The whole path on a phantom: archive, pretraining, few labels, prediction, report, with a line of why at each step."""
+"""The whole path on a phantom: archive, pretraining, few labels, prediction, report; each step says what it does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from medssl.demo.archive import ARCHIVE, NEW_PATIENTS, QUICK, Size, Truth, write_archive
+from medssl.demo.archive import ARCHIVE, HOSPITAL, NEW_PATIENTS, QUICK, Size, Truth, write_archive
 from medssl.demo.dataset import TASK, Case, choose_training, converted_cases, write_dataset, write_label
 from medssl.errors import MedsslError
 from medssl.files import prepare_output_folder, write_json, write_text
@@ -56,7 +56,7 @@ class Budget:
         learning_rate: Peak rate of fine-tuning, the same in both arms.
     """
 
-    size: Size = Size()
+    size: Size = HOSPITAL
     labelled: int = 4
     spacing_mm: tuple[float, float, float] = (8.0, 6.0, 6.0)
     patch_size: tuple[int, int, int] = (24, 48, 48)
@@ -99,6 +99,7 @@ class _Tour:
     quiet: bool
     commands: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    done: int = 0
     training: list[Case] = field(default_factory=list)
     validation: list[Case] = field(default_factory=list)
 
@@ -120,9 +121,7 @@ class _Tour:
         self._end(counts, dice, comparison)
 
     def _archive(self) -> list[Truth]:
-        with self._step(
-            "Scanning phantom patients on two sites' CT and MR scanners and writing DICOM, some of it broken"
-        ):
+        with self._step("Scanning phantom patients on two sites' CT and MR scanners into DICOM, some of it broken"):
             # A phantom needs no secret; a fixed key makes each run of the demo the same. Without --key-file medssl
             # makes a secret one.
             write_text(self.key_file, "the key of the demo is no secret\n")
@@ -190,7 +189,8 @@ class _Tour:
         )  # fmt: skip
         with self._step(f"Fine-tuning the pretrained network for {steps} steps on {len(self.training)} labels"):
             self._command(
-                "finetune segmentation", "--dataset", "dataset", "--checkpoint", "pretrained", "--out", "finetuned", *shared
+                "finetune segmentation", "--dataset", "dataset", "--checkpoint", "pretrained",
+                "--out", "finetuned", *shared,
             )  # fmt: skip
             finetune_segmentation(self.out / "dataset", self.out / "pretrained", self.out / "finetuned", **common)
         with self._step("Training its twin from scratch: same plans, same labels, same steps"):
@@ -246,8 +246,8 @@ class _Tour:
 
     @contextmanager
     def _step(self, what: str) -> Iterator[None]:
-        self.step += 1
-        self.console.print(f"[{self.step}/{STEPS}] {what}")
+        self.done += 1
+        self.console.print(f"[{self.done}/{STEPS}] {what}")
         began = time.monotonic()
         yield
         taken = time.monotonic() - began
@@ -274,13 +274,11 @@ class _Tour:
 
         scratch, finetuned = (comparison.means[run]["dice"]["all labels"] for run in comparison.runs)
         gain = next(row for row in comparison.differences if row.metric == "dice" and row.label == "all labels")
-        verdict = (
-            "helped"
-            if (gain.estimate.low or 0) > 0
-            else "hurt"
-            if (gain.estimate.high or 0) < 0
-            else "made no clear difference"
-        )
+        verdict = "made no clear difference"
+        if (gain.estimate.low or 0) > 0:
+            verdict = "helped"
+        elif (gain.estimate.high or 0) < 0:
+            verdict = "hurt"
         lines = [
             "",
             f"Dice on {len(comparison.cases)} new patients, mean over {len(TASK)} organs (95% interval):",
@@ -296,9 +294,11 @@ class _Tour:
             "  prediction/              the mask of a DICOM series, on its own grid",
             "  commands.sh              every command, to run again or on your own archive",
         ]
-        write_text(
-            self.out / "commands.sh", "\n".join(["cd " + shlex.quote(str(self.out.resolve())), *self.commands]) + "\n"
-        )
+        head = [
+            "# Run in this folder. What is there already needs --overwrite, or another --out.",
+            'cd "$(dirname "$0")"',
+        ]
+        write_text(self.out / "commands.sh", "\n".join([*head, *self.commands]) + "\n")
         for line in lines:
             self.console.print(line)
 
