@@ -66,7 +66,7 @@ class StepBatches(Dataset[dict[str, Any]]):
         key = hashlib.blake2b(f"{self.seed}|{self.stream}|{step}".encode(), digest_size=8).digest()
         number = int.from_bytes(key, "little")
         random.seed(number)
-        np.random.seed(number % 2**32)  # noqa: NPY002 - nnU-Net draws from numpy's global generator
+        np.random.seed(number % 2**32)
         torch.manual_seed(number >> 1)
         batch = self.loader.generate_train_batch()
         return {"data": batch["data"], "target": batch["target"]}

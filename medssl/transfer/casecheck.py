@@ -44,7 +44,8 @@ def check_case(dataset: RawDataset, case: Case) -> tuple[int, ...]:
         if not np.all(np.isfinite(array)):
             count = int(np.count_nonzero(~np.isfinite(array)))
             raise DataError(
-                f"{case.name}: {path.name} has {count} voxels that are NaN or infinite. Replace them by the background's value."
+                f"{case.name}: {path.name} has {count} voxels that are NaN or infinite. Replace them by the "
+                "background's value."
             )
     if not any(np.any(array) for array in arrays):
         raise DataError(f"{case.name}: the image is zero everywhere. Replace it, or leave the case out.")
@@ -58,11 +59,12 @@ def _load_nifti(name: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
     from nibabel.spatialimages import HeaderDataError
 
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)
         array = np.asanyarray(image.dataobj)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(
-            f"{name}: {path.name} cannot be read: {str(error) or type(error).__name__}. Get a fresh copy, or leave the case out."
+            f"{name}: {path.name} cannot be read: {str(error) or type(error).__name__}. Get a fresh copy, or "
+            "leave the case out."
         ) from error
     if array.ndim != 3:
         raise DataError(
@@ -85,14 +87,17 @@ def _check_grids(
     for name, other_shape, other_affine in [*others, (case.label.name, mask_shape, mask_affine)]:
         if tuple(other_shape) != tuple(shape):
             raise DataError(
-                f"{case.name}: {name} has the shape {tuple(other_shape)}, the image {case.images[0].name} has {tuple(shape)}. "
+                f"{case.name}: {name} has the shape {tuple(other_shape)}, the image {case.images[0].name} has "
+                f"{tuple(shape)}. "
                 "Resample one onto the other's grid, or replace the wrong file."
             )
         distance = _corner_distance(shape, affine, other_affine)
         if distance > ALLOWED_VOXELS:
             raise DataError(
-                f"{case.name}: the affine of {name} differs from that of {case.images[0].name}: corners lie {distance:.2f} voxels "
-                f"apart (spacings {_spacing(other_affine)} and {_spacing(affine)} mm, origins {_origin(other_affine)} and {_origin(affine)}). "
+                f"{case.name}: the affine of {name} differs from that of {case.images[0].name}: corners lie "
+                f"{distance:.2f} voxels "
+                f"apart (spacings {_spacing(other_affine)} and {_spacing(affine)} mm, origins "
+                f"{_origin(other_affine)} and {_origin(affine)}). "
                 "Resample onto the image's grid, or copy its header if the voxels already match."
             )
         if distance > QUIET_VOXELS:
@@ -149,7 +154,8 @@ def _load_other(dataset: RawDataset, case: Case) -> tuple[list[np.ndarray], np.n
         mask, mask_facts = reader.read_seg(str(case.label))
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         raise DataError(
-            f"{case.name} cannot be read: {str(error) or type(error).__name__}. Get a fresh copy, or leave the case out."
+            f"{case.name} cannot be read: {str(error) or type(error).__name__}. Get a fresh copy, or leave the "
+            "case out."
         ) from error
     if len(image) != len(dataset.channel_names):
         raise DataError(
@@ -158,7 +164,8 @@ def _load_other(dataset: RawDataset, case: Case) -> tuple[list[np.ndarray], np.n
         )
     if image.shape[1:] != mask.shape[1:]:
         raise DataError(
-            f"{case.name}: {case.label.name} has the shape {tuple(mask.shape[1:])}, the image {case.images[0].name} has "
+            f"{case.name}: {case.label.name} has the shape {tuple(mask.shape[1:])}, the image "
+            f"{case.images[0].name} has "
             f"{tuple(image.shape[1:])}. Resample one onto the other's grid, or replace the wrong file."
         )
     if not np.allclose(facts["spacing"], mask_facts["spacing"], rtol=1e-3):

@@ -54,7 +54,7 @@ def training_axes(policy: str, dimensions: int) -> tuple[int, ...]:
 
 
 def inference_axes(policy: str, dimensions: int) -> tuple[int, ...]:
-    """Return the axes that prediction may flip; a swap of labels is beyond nnU-Net's predictor, so it leaves them out."""
+    """Return the axes that prediction may flip; nnU-Net's predictor cannot swap labels, so it goes without."""
     check_policy(policy)
     axes = tuple(range(dimensions))
     return axes if policy == "allow" else axes[:-1]
@@ -79,7 +79,8 @@ def paired_labels(labels: dict[str, Any]) -> list[tuple[int, int]]:
     Raises:
         UsageError: If there is no pair, or if a side has no counterpart.
     """
-    lefts, rights = {}, {}
+    lefts: dict[str, tuple[str, Any]] = {}
+    rights: dict[str, tuple[str, Any]] = {}
     for name, value in labels.items():
         text = name.lower()
         for pattern, sides in ((_LEFT, lefts), (_RIGHT, rights)):
@@ -88,11 +89,13 @@ def paired_labels(labels: dict[str, Any]) -> list[tuple[int, int]]:
     alone = [name for key, (name, _) in [*lefts.items(), *rights.items()] if key not in lefts or key not in rights]
     if alone:
         raise UsageError(
-            f"laterality swap-labels: {', '.join(alone)} has no counterpart on the other side. Use forbid, or name the pair alike."
+            f"laterality swap-labels: {', '.join(alone)} has no counterpart on the other side. Use forbid, or "
+            "name the pair alike."
         )
     if not lefts:
         raise UsageError(
-            f"laterality swap-labels finds no pair of left and right among the labels {', '.join(labels)}. Use allow if "
+            f"laterality swap-labels finds no pair of left and right among the labels {', '.join(labels)}. Use "
+            "allow if "
             "nothing in the labels depends on the side, forbid if something does."
         )
     pairs = [(lefts[key][1], rights[key][1]) for key in lefts]

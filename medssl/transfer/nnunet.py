@@ -64,7 +64,8 @@ def reader_of(dataset: RawDataset) -> Any:
         return determine_reader_writer_from_dataset_json(dataset.content, str(first.images[0]), verbose=False)
     except RuntimeError as error:
         raise DataError(
-            f"nnU-Net reads no {dataset.file_ending} files, or {first.images[0].name} is damaged. `medssl convert` writes NIfTI."
+            f"nnU-Net reads no {dataset.file_ending} files, or {first.images[0].name} is damaged. `medssl "
+            "convert` writes NIfTI."
         ) from error
 
 

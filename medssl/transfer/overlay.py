@@ -153,6 +153,7 @@ def _refuse_stranger(report: KeyReport) -> None:
         else ""
     )
     raise CheckpointError(
-        f"No weight of the encoder fits this network.{shown} Use plans written from this checkpoint, or `medssl import` "
+        f"No weight of the encoder fits this network.{shown} Use plans written from this checkpoint, or `medssl "
+        "import` "
         "if it comes from another tool."
     )

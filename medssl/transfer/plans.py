@@ -59,7 +59,7 @@ def make_plans(
     dimensions = architecture.dimensions
     target = _spacing(fingerprint, spacing)
     shapes = _resampled_shapes(fingerprint, target)
-    median_shape = np.median(shapes, axis=0)
+    median_shape = [float(edge) for edge in np.median(shapes, axis=0)]
     if dimensions == 3 and median_shape[0] <= 1:
         raise UsageError("The images are 2D and the network is 3D: use a checkpoint or network with 2 dimensions.")
     if patch_size is None:

@@ -107,7 +107,8 @@ def read_dataset(folder: Path) -> RawDataset:
     if not cases:
         raise DataError(
             f"{folder / 'imagesTr'} holds no image that ends in _0000{content['file_ending']}. "
-            "Name each file CASE_CHANNEL with four digits, for example case1_0000.nii.gz, or mend file_ending in dataset.json."
+            "Name each file CASE_CHANNEL with four digits, for example case1_0000.nii.gz, or mend file_ending in "
+            "dataset.json."
         )
     channels = len(content["channel_names"])
     for case in cases.values():
@@ -120,7 +121,8 @@ def read_dataset(folder: Path) -> RawDataset:
     labelled = [case for case in cases.values() if case.label.is_file()]
     if not labelled:
         raise DataError(
-            f"{folder} has no labels: none of its {len(cases)} images has a mask in labelsTr. Fine-tuning needs labelled "
+            f"{folder} has no labels: none of its {len(cases)} images has a mask in labelsTr. Fine-tuning needs "
+            "labelled "
             "cases; `medssl pretrain` learns from images alone."
         )
     if content["file_ending"] in NIFTI:
@@ -145,7 +147,7 @@ def require_labels(dataset: RawDataset, names: Sequence[str], *, chosen: bool) -
         remedy = (
             "Add the masks"
             if chosen
-            else "Add the masks, remove the images, or name the labelled cases with --train-cases and --validation-cases"
+            else "Add the masks, remove the images, or name cases with --train-cases and --validation-cases"
         )
         raise DataError(
             f"{len(missing)} of {len(names)} cases have no mask in labelsTr: {', '.join(missing[:5])}"

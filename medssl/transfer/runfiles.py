@@ -70,7 +70,8 @@ def check_resumed(out: Path, wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if name not in _FREE_ON_RESUME and before.get(name) != value:
             raise UsageError(
-                f"--resume: {name} is {value!r} now and was {before.get(name)!r} when {out} began. Use the same options, "
+                f"--resume: {name} is {value!r} now and was {before.get(name)!r} when {out} began. Use the same "
+                "options, "
                 "or another --out."
             )
 

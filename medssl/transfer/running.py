@@ -1,4 +1,4 @@
-"""Starts the trainer in this process, without nnU-Net's search through its folders, and predicts the validation cases."""
+"""Starts the trainer in this process, without nnU-Net's search through its folders, and predicts validation cases."""
 
 from __future__ import annotations
 
@@ -151,12 +151,12 @@ def _write_views(out: Path, batch: dict[str, Any], spacing: list[float]) -> None
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     """Leave the global generators, which nnU-Net draws from, as they were."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
+        np.random.set_state(states[1])
         torch.set_rng_state(states[2])
 
 

@@ -159,7 +159,8 @@ def _template(checkpoint: Path | None, plans_from: Path | None, network: str | N
     if checkpoint is not None:
         if network is not None or plans_from is not None:
             raise UsageError(
-                "--network and --plans-from are for a run from scratch (--checkpoint none); the checkpoint decides the network."
+                "--network and --plans-from are for a run from scratch (--checkpoint none); the checkpoint "
+                "decides the network."
             )
         return load_source(Path(checkpoint))
     if (network is None) == (plans_from is None):
@@ -211,11 +212,13 @@ def _target_spacing(spacing: Sequence[float] | str | None, source: Source | None
     if spacing == "pretraining":
         if source is None or source.spacing_mm is None:
             raise UsageError(
-                "spacing pretraining: the checkpoint was trained at the images' own spacing. Use median, or millimetres as Z,Y,X."
+                "spacing pretraining: the checkpoint was trained at the images' own spacing. Use median, or "
+                "millimetres as Z,Y,X."
             )
         return source.spacing_mm
     if isinstance(spacing, str):
         raise UsageError(
-            f"spacing takes median, pretraining or millimetres as Z,Y,X, got '{spacing}'. nnU-Net always resamples to one spacing."
+            f"spacing takes median, pretraining or millimetres as Z,Y,X, got '{spacing}'. nnU-Net always "
+            "resamples to one spacing."
         )
     return spacing

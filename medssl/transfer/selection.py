@@ -98,7 +98,8 @@ def _default_split(dataset: RawDataset) -> tuple[list[str], list[str]]:
     names = sorted(dataset.cases)
     if len(names) < 2:
         raise DataError(
-            f"The data set has {len(names)} case: one to train on and one to look at are needed. Add a case, or name the "
+            f"The data set has {len(names)} case: one to train on and one to look at are needed. Add a case, or "
+            "name the "
             "training case and no validation cases."
         )
     if len(names) < _FOLDS:

@@ -27,6 +27,7 @@ class Source:
         patch_size: Patch of the pretraining, or None.
         spacing_mm: Spacing (z, y, x) of the pretraining if it was one, or None.
         facts: All else that it says of itself.
+        citations: Papers to cite.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class Source:
     patch_size: tuple[int, ...] | None
     spacing_mm: tuple[float, ...] | None
     facts: dict[str, Any] = field(default_factory=dict)
+    citations: list[Any] = field(default_factory=list)
 
 
 def load_source(run_or_file: Path) -> Source:
@@ -66,6 +68,7 @@ def load_source(run_or_file: Path) -> Source:
             patch_size=_numbers(facts.get("patch_size"), int),
             spacing_mm=_numbers(facts.get("spacing_mm"), float),
             facts={name: value for name, value in facts.items() if isinstance(value, str | int | float | bool | list)},
+            citations=list(content.get("citations") or []),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(

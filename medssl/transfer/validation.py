@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,6 +66,6 @@ def predict_validation(
                 str(temporary),
                 num_threads_torch=torch.get_num_threads(),
             )
-            os.replace(f"{temporary}{ending}", out / f"{case}{ending}")
+            Path(f"{temporary}{ending}").replace(out / f"{case}{ending}")
             advance()
         trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)

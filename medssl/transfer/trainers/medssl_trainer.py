@@ -68,7 +68,7 @@ class _Silent:
 
 
 class medSSLTrainer(nnUNetTrainer):
-    """nnU-Net's trainer by steps: schedules for pretrained weights, a laterality policy, batches that can be repeated."""
+    """nnU-Net's trainer by steps: schedules for pretrained weights, a laterality policy, repeatable batches."""
 
     driven = False  # True where medssl runs it: nnU-Net's own log file and folders are then not used.
 
@@ -225,7 +225,7 @@ class medSSLTrainer(nnUNetTrainer):
                     metrics.write(self.step, {"time": self.elapsed} | self._look(self.dataloader_val))
                 due = time.monotonic() - saved > self.save_every_seconds
                 if not ended and (look or due or signals.save_asked or signals.stopped_by):
-                    self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+                    self.save_checkpoint(str(Path(self.output_folder, "checkpoint_latest.pth")))
                     saved, signals.save_asked = time.monotonic(), False
                 if not ended and signals.stopped_by:
                     raise StoppedBySignal(signals.stopped_by, self.step)
@@ -248,7 +248,7 @@ class medSSLTrainer(nnUNetTrainer):
         return MetricsWriter(Path(self.output_folder_base if self.driven else self.output_folder), self.step)
 
     def _finish(self) -> None:
-        self.save_checkpoint(os.path.join(self.output_folder, "checkpoint_final.pth"))
+        self.save_checkpoint(str(Path(self.output_folder, "checkpoint_final.pth")))
         if self.local_rank == 0:
             for name in ("checkpoint_latest.pth.sha256", "checkpoint_latest.pth"):
                 Path(self.output_folder, name).unlink(missing_ok=True)
@@ -299,7 +299,7 @@ class medSSLTrainer(nnUNetTrainer):
         return {"validation_loss": loss, "pseudo_dice": mean} | per_label
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint that stock nnU-Net reads, whole or not at all, without a byte that needs unpickling of code."""
+        """Write a checkpoint that stock nnU-Net reads, whole or not at all, loadable with weights_only."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         arguments = {name: self.my_init_kwargs[name] for name in ("plans", "configuration", "fold", "dataset_json")}
