@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 from numpy.typing import NDArray
 
 from medssl.errors import DataError
 from medssl.preprocessing.store import Store
 from medssl.preprocessing.store_files import LABEL_SUFFIX, MAX_FOREGROUND, SCHEMA_VERSION, StoreEntry, number_of
-from medssl.preprocessing.tissue import sample_voxels, tissue_mask
+from medssl.preprocessing.tissue import sample_above, tissue_mask
 
 #: nnU-Net pads with zero after normalisation.
 NNUNET_BACKGROUND = 0.0
@@ -52,6 +53,7 @@ class NnunetStore(Store):
             rows.append(
                 {
                     "id": case,
+                    "shape": _shape_of(path),
                     "modality": modality,
                     "patient_key": case,
                     "split": "validation" if case in validation else "train",
@@ -94,7 +96,7 @@ class NnunetStore(Store):
         if self.has_label(volume_id):
             # -1 marks what nnU-Net found to be outside of the image's content.
             mask &= self._decode(volume_id, self._array(volume_id + LABEL_SUFFIX), (0,)) >= 0
-        return sample_voxels(mask, MAX_FOREGROUND, volume_id)
+        return sample_above(mask, 0.5, MAX_FOREGROUND, volume_id)
 
     def _clean_label(self, label: NDArray[np.int16]) -> NDArray[np.int16]:
         return np.maximum(label, 0)
@@ -147,6 +149,13 @@ def _validation_cases(folder: Path) -> set[str]:
         return {str(case) for case in splits[0]["val"]}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
+
+
+def _shape_of(path: Path) -> list[int]:
+    try:
+        return [int(size) for size in blosc2.open(str(path), mode="r", mmap_mode="r").shape]
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path} is no blosc2 array ({error}). Preprocess the data set again with nnU-Net.") from error
 
 
 def _json_object(path: Path) -> dict[str, Any]:

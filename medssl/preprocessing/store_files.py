@@ -20,6 +20,8 @@ from medssl.files import write_bytes, write_json
 STORE_FILE = "store.json"
 #: Settings of a store that is being written; what `--resume` compares.
 UNFINISHED_FILE = "unfinished.json"
+#: Volumes that could not be used, with their reason codes.
+FAILED_FILE = "failed.json"
 LABEL_SUFFIX = "_seg"
 SCHEMA_VERSION = 1
 MAX_FOREGROUND = 512
@@ -78,7 +80,11 @@ def write_volume(
     Raises:
         ValueError: If a shape, the id or a property does not fit.
     """
-    if not _SAFE_ID.fullmatch(volume_id) or volume_id.endswith(LABEL_SUFFIX):
+    if (
+        not _SAFE_ID.fullmatch(volume_id)
+        or volume_id.endswith(LABEL_SUFFIX)
+        or f"{volume_id}.json" in (STORE_FILE, UNFINISHED_FILE, FAILED_FILE)
+    ):
         raise ValueError(
             f"'{volume_id}' cannot name a volume: use letters, digits and ._+- and no {LABEL_SUFFIX} at the end"
         )

@@ -1,4 +1,4 @@
-"""What of a volume is tissue: a threshold by modality, and voxels drawn from it with a fixed seed. Numpy only."""
+"""What of a volume is tissue: a threshold by modality, and voxels drawn above it with a fixed seed. Numpy only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ CT_AIR_HU = -900.0
 _BINS = 256
 #: Values looked at for a threshold: a regular grid of about this many voxels.
 _SAMPLED = 262_144
+#: Rounds of drawing before the whole volume is searched.
+_SEARCHED = 16
 
 
 def otsu_threshold(values: NDArray[Any]) -> float:
@@ -66,19 +68,35 @@ def subsample(image: NDArray[Any]) -> NDArray[Any]:
     return image[tuple(slice(None, None, step if size > step else 1) for size in image.shape)]
 
 
-def sample_voxels(mask: NDArray[np.bool_], count: int, name: str) -> NDArray[np.int64]:
-    """Draw voxels of a mask without repetition; the same name draws the same ones.
+def sample_above(image: NDArray[Any], threshold: float, count: int, name: str) -> NDArray[np.int64]:
+    """Draw voxels above a threshold without repetition; the same name draws the same ones.
+
+    No mask of the volume is made: voxels are drawn anywhere and kept if they are above, which is fast and small as long
+    as tissue is not rare.
 
     Args:
-        mask: Shape: (Z, Y, X).
+        image: Shape: (Z, Y, X).
+        threshold: See `tissue_threshold`.
         count: How many at most.
         name: Seeds the draw.
 
     Returns:
-        Sorted coordinates (z, y, x). Shape: (N, 3).
+        Sorted coordinates (z, y, x). Shape: (N, 3), 0 <= N <= count.
     """
-    places = np.flatnonzero(mask)
     key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=16).digest(), "little")
     rng = np.random.Generator(np.random.Philox(key=key))
-    chosen = np.sort(rng.choice(places, size=min(count, places.size), replace=False))
-    return np.stack(np.unravel_index(chosen, mask.shape), axis=1).astype(np.int64)
+    found = np.empty(0, dtype=np.int64)
+    if image.size > _SEARCHED * count:
+        for _ in range(_SEARCHED):
+            drawn = rng.integers(0, image.size, size=2 * count)
+            above = image[np.unravel_index(drawn, image.shape)] > threshold
+            # The first of each, in the order drawn: sorting here would favour the start of the volume.
+            found = np.concatenate([found, drawn[above]])
+            found = found[np.sort(np.unique(found, return_index=True)[1])]
+            if found.size >= count:
+                break
+    if found.size < count:
+        places = np.flatnonzero(image > threshold)
+        found = rng.choice(places, size=min(count, places.size), replace=False)
+    found = np.sort(found[:count])
+    return np.stack(np.unravel_index(found, image.shape), axis=1).astype(np.int64)
