@@ -54,7 +54,7 @@ class Cache:
 
     Args:
         path: The SQLite file.
-        geometry: `strict` or `repair`; volumes planned under the other policy are planned anew.
+        geometry: `strict` or `repair`; remembered for those who load volumes.
     """
 
     def __init__(self, path: Path, geometry: str) -> None:
@@ -64,9 +64,6 @@ class Cache:
                 self.connection.close()
                 path.unlink()
                 self.connection = self._open(path)
-            if self.meta("geometry") != geometry:
-                self.connection.execute("UPDATE series SET signature = ''")
-                self.connection.execute("DELETE FROM volumes WHERE series = ''")
             self.run = int(self.meta("run") or 0) + 1
             for name, value in (("schema", str(SCHEMA)), ("geometry", geometry), ("run", str(self.run))):
                 self.connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
@@ -167,8 +164,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
         text = str(error)
         if "full" in text:
             raise MedsslError(
-                f"No space left on the disk of {folder}. What was read so far is kept; free some space and run the same "
-                "command with --resume."
+                f"No space left on the disk of {folder}. What was read so far is kept; free some space and run the "
+                "same command with --resume."
             ) from error
         if "readonly" in text or "unable to open" in text:
             raise MedsslError(

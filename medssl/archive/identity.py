@@ -54,8 +54,8 @@ def identity_of(label: str, path: str) -> FileIdentity:
     subject, session = _SUBJECT.search(path), _SESSION.search(path)
     series = ("file", label, path)
     if subject:
-        patient = ("subject", label, subject.group(1))
-        return FileIdentity(patient, (*patient, session.group(1) if session else ""), series, True)
+        person = ("subject", label, subject.group(1))
+        return FileIdentity(person, (*person, session.group(1) if session else ""), series, True)
     pure = PurePosixPath(path)
     stem = case_of(pure.name)
     parent = pure.parent.name

@@ -113,11 +113,11 @@ def read_file(task: FileTask) -> FileFacts:
     return facts
 
 
-def plan_series(task: tuple[str, list[str]]) -> dict[str, Any]:
+def plan_series(task: tuple[str, str, list[str]]) -> dict[str, Any]:
     """Group the headers of one series into volumes.
 
     Args:
-        task: Geometry policy and the headers as JSON.
+        task: The source's root, geometry policy, and the headers as JSON.
 
     Returns:
         `volumes`: (JSON of the volume, text that names it apart from its path); `related`: (path, kind); `refused`:
@@ -126,10 +126,10 @@ def plan_series(task: tuple[str, list[str]]) -> dict[str, Any]:
     from medssl.archive.dicom.group import group
     from medssl.archive.dicom.model import DicomHeader
 
-    geometry, texts = task
+    root, geometry, texts = task
     headers = [DicomHeader.from_json(text) for text in texts]
     identifiers = {header.path: header.sop_uid for header in headers}
-    result = group(headers, cast("Geometry", geometry))
+    result = group(headers, cast("Geometry", geometry), Path(root))
     volumes = []
     for volume in result.volumes:
         # The plane that a volume begins with names it: its identifier survives when files are moved or added.
