@@ -53,6 +53,9 @@ def _apply(base: Frame, groups: Tags, dimensions: list[int]) -> Frame:
         slope, intercept = transformation.number(t.SLOPE), transformation.number(t.INTERCEPT)
         changes["slope"] = 1.0 if slope is None else slope
         changes["intercept"] = 0.0 if intercept is None else intercept
+        changes["unit"] = transformation.text(t.RESCALE_TYPE).upper() or "US"
+    if mapping := groups.item(t.REAL_WORLD):
+        changes.update(_real_world(mapping))
     for sequence in (t.MR_FRAME_TYPE, t.CT_FRAME_TYPE, t.PET_FRAME_TYPE):
         if kind := groups.item(sequence):
             parts = (*kind.texts(t.FRAME_TYPE_TAG), kind.text(t.COMPLEX_COMPONENT))
@@ -80,6 +83,16 @@ def _apply(base: Frame, groups: Tags, dimensions: list[int]) -> Frame:
         changes["kind"] = f"{changes.get('kind', base.kind)}\\{kernel.text(t.KERNEL)}"
     changes["labels"] = tuple(labels.items())
     return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def _real_world(mapping: Tags) -> dict[str, object]:
+    """Return slope, intercept and unit of a mapping to the units that PET needs; nothing for other units."""
+    units = mapping.item(t.MEASUREMENT_UNITS)
+    unit = {"Bq/ml": "BQML", "{SUVbw}g/ml": "GML", "g/ml{SUVbw}": "GML"}.get(units.text(t.CODE_VALUE) if units else "")
+    slope, intercept = mapping.number(t.REAL_WORLD_SLOPE, "FD"), mapping.number(t.REAL_WORLD_INTERCEPT, "FD")
+    if unit is None or slope is None or intercept is None:
+        return {}
+    return {"slope": slope, "intercept": intercept, "unit": unit}
 
 
 def add_gradient(labels: dict[str, float], direction: tuple[float, ...]) -> None:

@@ -203,6 +203,8 @@ def _planes(header: Tags, facts: dict[str, object], image_type: tuple[str, ...])
         spacing=header.numbers(t.SPACING),
         slope=1.0 if slope is None else slope,
         intercept=0.0 if intercept is None else intercept,
+        # A CT without a rescale type is in HU by definition; one without slope and intercept is not.
+        unit=(header.text(t.RESCALE_TYPE).upper() or "HU") if slope is not None and intercept is not None else "",
         kind="\\".join(image_type),
         labels=tuple(_labels(header).items()),
     )
@@ -230,9 +232,9 @@ def _planes(header: Tags, facts: dict[str, object], image_type: tuple[str, ...])
     if any(frame.slope == 0 or not math.isfinite(frame.slope + frame.intercept) for frame in frames):
         raise InputRefused("rescale_invalid", "slope or intercept is zero or not finite")
     if modality == "CT" and facts["samples"] == 1:
-        flags.update(_check_hounsfield(header, enhanced))
+        flags.update(_check_hounsfield(header, frames))
     if modality == "PT":
-        result["pet"] = read_pet(header)
+        result["pet"] = read_pet(header, {frame.unit for frame in frames} if enhanced else None)
     return {**result, "frames": frames, "flags": tuple(sorted(flags))}
 
 
@@ -248,15 +250,13 @@ def _check_unplaced(
     raise InputRefused("position_missing", "no ImagePositionPatient or ImageOrientationPatient")
 
 
-def _check_hounsfield(header: Tags, enhanced: bool) -> set[str]:
-    kind = header.text(t.RESCALE_TYPE).upper()
-    if not enhanced and t.MODALITY_LUT not in header and (t.SLOPE not in header or t.INTERCEPT not in header):
+def _check_hounsfield(header: Tags, frames: tuple[Frame, ...]) -> set[str]:
+    units = {frame.unit for frame in frames}
+    if "" in units and t.MODALITY_LUT not in header:
         raise InputRefused("hu_unavailable", "no rescale slope and intercept")
-    if kind == "US":
-        return {"hu_unspecified"}
-    if kind not in ("", "HU", "HU_MOD"):
+    if units - {"", "HU", "HU_MOD", "US"}:
         raise InputRefused("hu_unavailable", "the rescale type is no Hounsfield unit")
-    return set()
+    return {"hu_unspecified"} if "US" in units or "" in units else set()
 
 
 def _picture_spacing(header: Tags, base: Frame) -> tuple[tuple[float, ...], set[str]]:

@@ -21,6 +21,7 @@ class Frame:
         spacing: Distance of rows, then of columns, in mm; empty where absent.
         slope: Rescale slope.
         intercept: Rescale intercept.
+        unit: What the rescaled values are (`HU`, `US` for unspecified, ...); empty where no rescale is given.
         kind: Image type of the frame: frames of different kinds are different volumes.
         stack: Stack ID of an enhanced image.
         labels: What may set frames at one place apart: name to number.
@@ -32,6 +33,7 @@ class Frame:
     spacing: Vector = ()
     slope: float = 1.0
     intercept: float = 0.0
+    unit: str = ""
     kind: str = ""
     stack: str = ""
     labels: tuple[tuple[str, float], ...] = ()
@@ -146,7 +148,7 @@ class DicomHeader:
         """Return the header that `to_json` wrote."""
         values = json.loads(text)
         pet, frames = values[-2], values[-1]
-        facts = {
+        facts: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in zip(_HEADER_FIELDS[:-2], values[:-2], strict=True)
         }
@@ -160,7 +162,7 @@ _PET_FIELDS = tuple(field.name for field in fields(Pet))
 
 
 def _frame(values: list[Any]) -> Frame:
-    number, position, orientation, spacing, slope, intercept, kind, stack, labels = values
+    number, position, orientation, spacing, slope, intercept, unit, kind, stack, labels = values
     return Frame(
         number,
         tuple(position),
@@ -168,6 +170,7 @@ def _frame(values: list[Any]) -> Frame:
         tuple(spacing),
         slope,
         intercept,
+        unit,
         kind,
         stack,
         tuple((name, value) for name, value in labels),

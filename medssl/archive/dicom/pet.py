@@ -22,8 +22,13 @@ _MAX_HALF_LIVES = 12
 _LEAST_ACTIVITY = 1e5
 
 
-def read_pet(header: Tags) -> Pet:
-    """Return what SUVbw needs of one PET image, with all times as intervals after the injection."""
+def read_pet(header: Tags, frame_units: set[str] | None = None) -> Pet:
+    """Return what SUVbw needs of one PET image, with all times as intervals after the injection.
+
+    Args:
+        header: The top level of the file.
+        frame_units: Units that the frames of an enhanced image map to; None for a classic image.
+    """
     tracer = header.item(t.RADIOPHARMACEUTICAL)
     weight = header.number(t.WEIGHT) or 0.0
     dose = (tracer.number(t.DOSE_TOTAL) if tracer else None) or 0.0
@@ -40,6 +45,19 @@ def read_pet(header: Tags) -> Pet:
         if injection is None:
             # Only a time of day is told: the day of the series, as the standard's attribute implies.
             injection = _moment(header.text(t.SERIES_DATE), tracer.text(t.DOSE_START_TIME))
+    if frame_units is not None:
+        # An enhanced image names the moment it is decay-corrected to.
+        reference = _seconds(injection, _moment_of_datetime(header.text(t.DECAY_DATETIME)))
+        return Pet(
+            units=next(iter(frame_units)) if len(frame_units) == 1 else "",
+            suv_type="",
+            correction="START",
+            corrected=header.text(t.DECAY_CORRECTED) == "YES" and header.text(t.ATTENUATION_CORRECTED) == "YES",
+            factor=weight * 1000 / dose if plausible else 0.0,
+            half_life=half_life if math.isfinite(half_life) and half_life > 0 else 0.0,
+            series_after_injection=reference,
+            acquisition_after_injection=reference,
+        )
     return Pet(
         units=header.text(t.PET_UNITS),
         suv_type=header.text(t.SUV_TYPE),

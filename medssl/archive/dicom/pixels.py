@@ -18,7 +18,7 @@ from medssl.errors import InputRefused
 
 AIR_HU = -1024
 #: Rec. 601 luma, as in DICOM's own YBR_FULL.
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_LUMA = np.array([0.299, 0.587, 0.114])
 Voxels = NDArray[np.generic]
 
 
@@ -63,6 +63,8 @@ def load(volume: DicomVolume, root: Path | None = None) -> Volume:
     array = _repair(frames, volume)
     if colour:
         array = np.moveaxis(array[0], -1, 0)
+    if array.dtype == np.int32 and array.min() >= -32768 and array.max() <= 32767:
+        array = array.astype(np.int16)
     if not colour and array.dtype.kind == "f" and not np.isfinite(array).all():
         array = _finite(array)
         flags.add("non_finite_replaced")
@@ -94,7 +96,7 @@ class _Numbers:
         if headers[0].colour:
             deep = any(header.bits_allocated > 8 for header in headers)
             grey = volume.channels != "colour"
-            dtype = np.dtype(np.float32) if grey else np.dtype(np.uint16 if deep else np.uint8)
+            dtype = np.dtype(np.uint16 if deep else np.uint8)
             return cls(dtype, 1.0, quantity, True, grey, False)
         frames = [frame for header in headers for frame in header.frames]
         plain = volume.scale == 1 and all(frame.slope == 1 and frame.intercept == 0 for frame in frames)
@@ -119,7 +121,7 @@ class _Numbers:
         if self._colour:
             if image.ndim != 3:
                 raise InputRefused("decode_failed", "colours expected")
-            return (image.astype(np.float32) @ _LUMA if self._grey else image), None
+            return (_like(self.dtype, image.astype(np.float64) @ _LUMA) if self._grey else image), None
         if image.ndim != 2:
             raise InputRefused("decode_failed", "one value per pixel expected")
         mask = _padding(image, header)

@@ -51,7 +51,6 @@ US_REGIONS, US_FORMAT, US_UNITS_X, US_UNITS_Y, US_DELTA_X, US_DELTA_Y = (
 FRAME_ACQUISITION_DATETIME = 0x00189074
 GRADIENT_SEQUENCE, ECHO_TIME_EFFECTIVE, B_VALUE, GRADIENT = 0x00189076, 0x00189082, 0x00189087, 0x00189089
 MR_ECHO, MR_DIFFUSION, CARDIAC_SYNC, CT_KERNEL_SEQUENCE = 0x00189114, 0x00189117, 0x00189118, 0x00189314
-CT_EXPOSURE_TYPE = 0x00189325
 STUDY_UID, SERIES_UID, SERIES_NUMBER, ACQUISITION_NUMBER, INSTANCE_NUMBER = (
     0x0020000D,
     0x0020000E,
@@ -103,6 +102,7 @@ REAL_WORLD, REAL_WORLD_INTERCEPT, REAL_WORLD_SLOPE, MEASUREMENT_UNITS, CODE_VALU
     0x004008EA,
     0x00080100,
 )
+DECAY_DATETIME, DECAY_CORRECTED, ATTENUATION_CORRECTED = 0x00189701, 0x00189758, 0x00189759
 RADIOPHARMACEUTICAL, PET_UNITS, DECAY_CORRECTION, SUV_TYPE, FRAME_REFERENCE_TIME = (
     0x00540016,
     0x00541001,
@@ -110,7 +110,6 @@ RADIOPHARMACEUTICAL, PET_UNITS, DECAY_CORRECTION, SUV_TYPE, FRAME_REFERENCE_TIME
     0x00541006,
     0x00541300,
 )
-DECAY_CORRECTED, DECAY_DATETIME = 0x00189758, 0x00189701
 FRAME_TYPE_TAG, COMPLEX_COMPONENT = 0x00089007, 0x00089208
 MR_FRAME_TYPE, CT_FRAME_TYPE, PET_FRAME_TYPE = 0x00189226, 0x00189329, 0x00189751
 SHARED_GROUPS, PER_FRAME_GROUPS = 0x52009229, 0x52009230
@@ -133,13 +132,14 @@ class Tags:
         dataset: As pydicom read it, elements still raw.
     """
 
-    __slots__ = ("_dataset",)
+    __slots__ = ("_dataset", "_elements")
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
+        self._elements: dict[int, Any] = dict(dataset.items())
 
     def __contains__(self, tag: int) -> bool:
-        return tag in self._dataset
+        return tag in self._elements
 
     def text(self, tag: int) -> str:
         """Return a text value without its padding; empty where absent."""
@@ -195,7 +195,7 @@ class Tags:
 
     def sequence(self, tag: int) -> list[Tags]:
         """Return the items of a sequence."""
-        if tag not in self._dataset:
+        if tag not in self._elements:
             return []
         value = self._dataset[tag].value
         return [Tags(item) for item in value] if value is not None and not isinstance(value, (bytes, str)) else []
@@ -211,9 +211,7 @@ class Tags:
         return value if isinstance(value, bytes) else b""
 
     def _raw(self, tag: int) -> tuple[Any, str | None, str]:
-        if tag not in self._dataset:
-            return None, None, "<"
-        element = self._dataset.get_item(tag)
+        element = self._elements.get(tag)
         if element is None:
             return None, None, "<"
         order = "<" if getattr(element, "is_little_endian", True) else ">"
