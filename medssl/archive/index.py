@@ -63,6 +63,7 @@ def index(
     """
     with opened(sources, out, geometry, key_file, resume=resume, overwrite=overwrite) as run:
         run.work(workers, executor, quiet)
+        run.settle()
         return run.finish()
 
 
@@ -103,9 +104,12 @@ class Run:
         self.stages.decode()
         return self.stages
 
+    def settle(self) -> None:
+        """Give every file its last word."""
+        settle(self.cache, self.sources, self.pseudonyms)
+
     def finish(self, **more: Any) -> IndexSummary:
         """Write the manifest and return the counts."""
-        settle(self.cache, self.sources, self.pseudonyms)
         content = write_manifest(self.out, self.cache, self.sources, self.pseudonyms, self.geometry)
         names = ("files", "volumes", "files_in_volumes", "related", "refused", "flags")
         return IndexSummary(

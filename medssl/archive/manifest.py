@@ -199,7 +199,7 @@ def _refused(cache: Cache, sources: dict[int, KnownSource], pseudonyms: Pseudony
     )
     for source, path, code, detail, header in _stream(cache, query):
         keys = keys_of_header(pseudonyms, sources, source, header or "")
-        yield {"source": source, "relative_path": path, "series_key": keys["series"], "code": code, "detail": detail}
+        yield {"source": source, "relative_path": path, "series_key": keys.series, "code": code, "detail": detail}
 
 
 def _related(cache: Cache, sources: dict[int, KnownSource], pseudonyms: Pseudonyms) -> Iterator[dict[str, Any]]:
@@ -213,9 +213,9 @@ def _related(cache: Cache, sources: dict[int, KnownSource], pseudonyms: Pseudony
             "source": source,
             "relative_path": path,
             "kind": kind,
-            "patient_key": keys["patient"],
-            "study_key": keys["study"],
-            "series_key": keys["series"],
+            "patient_key": keys.patient,
+            "study_key": keys.study,
+            "series_key": keys.series,
         }
 
 

@@ -87,6 +87,24 @@ def open_key(private: Path, key_file: Path | None) -> Pseudonyms:
     return Pseudonyms(_read(copy))
 
 
+def open_user_key() -> Pseudonyms:
+    """Return the pseudonyms of `MEDSSL_KEY_FILE` or of the user's own key, where no index is made.
+
+    Without either (a read-only home) the names are a hash of the UIDs with no secret: the same each time, and no more
+    than a UID itself tells.
+
+    Raises:
+        UsageError: If the key file that is named cannot be used.
+    """
+    if os.environ.get(KEY_VARIABLE):
+        named = Path(os.environ[KEY_VARIABLE])
+        return Pseudonyms(_read(named) if named.exists() else _make(named))
+    try:
+        return Pseudonyms(_read(user_key_path()) if user_key_path().exists() else _make(user_key_path()))
+    except UsageError:
+        return Pseudonyms(b"no secret: names of series")
+
+
 def user_key_path() -> Path:
     """Return where the user's own key lies."""
     configuration = os.environ.get("XDG_CONFIG_HOME")

@@ -7,9 +7,9 @@ from pathlib import PurePosixPath
 
 from medssl.archive.cache import Cache
 from medssl.archive.identity import stem_of
+from medssl.archive.keys import Keys, dicom_keys
 from medssl.archive.private import KnownSource
 from medssl.archive.pseudonym import Pseudonyms
-from medssl.archive.stages import dicom_keys
 
 #: Text files that describe the image of the same name, as BIDS and dcm2niix write them.
 SIDECARS = (".json", ".bval", ".bvec", ".tsv")
@@ -143,7 +143,7 @@ def _find_sidecars(cache: Cache) -> None:
             execute("INSERT INTO related VALUES (?, ?, ?, 'sidecar')", (source, path, file))
 
 
-def keys_of_header(pseudonyms: Pseudonyms, sources: dict[int, KnownSource], source: int, header: str) -> dict[str, str]:
+def keys_of_header(pseudonyms: Pseudonyms, sources: dict[int, KnownSource], source: int, header: str) -> Keys:
     """Return patient, study and series keys of a DICOM file; empty where nothing is known.
 
     Args:
@@ -153,7 +153,7 @@ def keys_of_header(pseudonyms: Pseudonyms, sources: dict[int, KnownSource], sour
         header: JSON of its header, or another text.
     """
     if not header.startswith("["):
-        return {"patient": "", "study": "", "series": ""}
+        return Keys()
     from medssl.archive.dicom.model import DicomHeader
 
     facts = DicomHeader.from_json(header)

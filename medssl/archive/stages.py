@@ -11,7 +11,7 @@ from typing import Any
 
 from medssl.archive.cache import TRANSIENT, Cache, compact
 from medssl.archive.hints import hint_paths
-from medssl.archive.identity import identity_of
+from medssl.archive.keys import keys_of
 from medssl.archive.private import KnownSource
 from medssl.archive.pseudonym import Pseudonyms
 from medssl.archive.sandbox import HEADER_LIMITS, VOLUME_LIMITS, Limits, Outcome, Pool, map_on_executor
@@ -212,8 +212,8 @@ class Stages:
         stamps = [(size, mtime) for _, size, mtime in files]
         fingerprint = _digest(source, kind, self.geometry, text, stamps, extra)
         first = values["paths"][0]
-        keys = self._dicom_keys(source, values) if kind == "dicom" else self._file_keys(source, first)
-        volume_id = self.pseudonyms.of("volume", keys["series"], *name)
+        keys = keys_of(self.pseudonyms, self.sources[source].label, kind, values)
+        volume_id = keys.volume(self.pseudonyms, name)
         connection.execute(
             "INSERT INTO volumes (fingerprint, source, series, first_path, kind, plan, run, volume_id, patient_key, "
             "study_key, series_key, person, facts, status, code, detail, measured) "
@@ -228,29 +228,17 @@ class Stages:
                 text,
                 run,
                 volume_id,
-                keys["patient"],
-                keys["study"],
-                keys["series"],
+                keys.patient,
+                keys.study,
+                keys.series,
                 compact(list(values.get("person", ()))),
-                compact(keys["flags"]),
+                compact(keys.flags),
             ),
         )
         connection.executemany(
             "INSERT OR REPLACE INTO members VALUES (?, ?, ?)",
             [(fingerprint, position, number) for position, (number, _, _) in enumerate(files)],
         )
-
-    def _dicom_keys(self, source: int, values: dict[str, Any]) -> dict[str, Any]:
-        return dicom_keys(self.pseudonyms, self.sources[source].label, values, values["paths"][0])
-
-    def _file_keys(self, source: int, path: str) -> dict[str, Any]:
-        identity = identity_of(self.sources[source].label, path)
-        return {
-            "patient": self.pseudonyms.of("patient", *identity.patient),
-            "study": self.pseudonyms.of("study", *identity.study),
-            "series": self.pseudonyms.of("series", *identity.series),
-            "flags": [] if identity.known else ["patient_unknown"],
-        }
 
     def _plan_images(self) -> None:
         stat = "SELECT id, size, mtime FROM files WHERE source = ? AND path = ? AND run = ?"
@@ -288,37 +276,6 @@ class _SeriesTask:
     root: str
     geometry: str
     headers: list[str]
-
-
-def dicom_keys(pseudonyms: Pseudonyms, label: str, values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Return the keys of a DICOM object.
-
-    A blank patient ID is replaced by the study, then the series, then the folder: what is known to be of one patient.
-
-    Args:
-        pseudonyms: Makes the keys.
-        label: The source's label.
-        values: `patient_id`, `issuer`, `study_uid` and `series_uid`.
-        path: Relative path of its first file.
-    """
-    patient_id, study, series = values["patient_id"], values["study_uid"], values["series_uid"]
-    folder = path.rpartition("/")[0]
-    if patient_id:
-        patient = pseudonyms.of("patient", "dicom", values["issuer"], patient_id)
-    elif study or series:
-        patient = pseudonyms.of("patient", "uid", study or series)
-    else:
-        patient = pseudonyms.of("patient", "place", label, folder)
-    study_key = pseudonyms.of("study", patient, study) if study else pseudonyms.of("study", patient, label, folder)
-    series_key = (
-        pseudonyms.of("series", study_key, series) if series else pseudonyms.of("series", study_key, label, folder)
-    )
-    return {
-        "patient": patient,
-        "study": study_key,
-        "series": series_key,
-        "flags": [] if patient_id else ["patient_unknown"],
-    }
 
 
 def _plan(task: _SeriesTask) -> dict[str, Any]:
