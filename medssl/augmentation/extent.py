@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from functools import lru_cache
 
 import torch
 
 from medssl.augmentation.geometry import is_resampled, view_to_crop
-from medssl.augmentation.spatial import Spatial
+from medssl.augmentation.spatial import Spatial, SpatialSettings
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 
@@ -25,28 +26,26 @@ def read_size_for(spatial: Spatial) -> tuple[int, ...]:
     Isotropic voxels are assumed. The size differs from the patch by an even number along each axis, so that both have
     one centre.
     """
-    different = {settings: modality for modality, settings in spatial.by_modality.items()}
-    sizes = [_read_size(spatial, modality) for modality in different.values()]
+    sizes = [_read_size(settings, spatial.patch_size) for settings in set(spatial.by_modality.values())]
     return tuple(max(edges) for edges in zip(*sizes, strict=True))
 
 
-def _read_size(spatial: Spatial, modality: str) -> tuple[int, ...]:
-    patch = spatial.patch_size
+@lru_cache(maxsize=256)
+def _read_size(settings: SpatialSettings, patch: tuple[int, ...]) -> tuple[int, ...]:
     three = (1, *patch) if len(patch) == 2 else patch
-    facts = Facts((modality,) * DRAWS, torch.ones(DRAWS, 3, dtype=torch.float64), patch, 1)
+    spatial = Spatial({"any": settings}, patch)
+    facts = Facts(("any",) * DRAWS, torch.ones(DRAWS, 3, dtype=torch.float64), patch, 1)
     parameters = spatial.draw(facts, Draw(0, range(DRAWS)))
-    shift = [math.floor(spatial.by_modality[modality].shift * edge) if edge > 1 else 0 for edge in three]
+    margin = torch.tensor([math.floor(settings.shift * edge) if edge > 1 else 0 for edge in three])
     rows = is_resampled(parameters)
-    if not bool(rows.any()):
-        margin = torch.tensor(shift)
-    else:
+    if bool(rows.any()):
         matrix = view_to_crop(parameters, facts.spacing_mm, (0, 0, 0), three)[rows]
-        ticks = [torch.linspace(0, edge - 1, POINTS_PER_AXIS).double() for edge in three]
-        points = torch.tensor(list(itertools.product(*(tick.tolist() for tick in ticks))), dtype=torch.float64)
+        ticks = [torch.linspace(0, edge - 1, POINTS_PER_AXIS).tolist() for edge in three]
+        points = torch.tensor(list(itertools.product(*ticks)), dtype=torch.float64)
         position = (points @ matrix[:, :, :3].transpose(1, 2) + matrix[:, None, :, 3]).flatten(0, 1)
         beyond = torch.maximum(-position, position - (torch.tensor(three, dtype=torch.float64) - 1))
-        # Each axis gets a third of what may lie outside.
-        margin = torch.ceil(torch.quantile(beyond, 1 - OUTSIDE_PART / 3, dim=0)).long()
-        margin = torch.maximum(margin, torch.tensor(shift))
+        # Each axis gets a third of what may lie outside. A sort: `torch.quantile` refuses so many numbers.
+        rank = round((1 - OUTSIDE_PART / 3) * (len(beyond) - 1))
+        margin = torch.maximum(margin, torch.ceil(beyond.sort(dim=0).values[rank]).long())
     size = [edge + 2 * max(int(more), 0) for edge, more in zip(three, margin, strict=True)]
     return tuple(size[-len(patch) :])

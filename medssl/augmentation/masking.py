@@ -35,7 +35,8 @@ def block_mask(
         True where the input is hidden. Shape: (B, 1, *spatial_shape), bool.
 
     Raises:
-        ValueError: If the ratio is not in [0, 1], or the block does not fit the number of axes.
+        ValueError: If the ratio is not in [0, 1], the block does not fit the number of axes, or is so large
+            that nothing or everything would be hidden.
     """
     sizes = [int(size) for size in spatial_shape]
     edges = [int(block)] * len(sizes) if isinstance(block, int) else [int(edge) for edge in block]
@@ -48,6 +49,11 @@ def block_mask(
     counts = [math.ceil(size / edge) for size, edge in zip(sizes, edges, strict=True)]
     order = draw.permutation(math.prod(counts))
     hidden = hidden_blocks(sizes, edges, ratio)
+    if 0 < ratio < 1 and hidden in (0, math.prod(counts)):
+        raise ValueError(
+            f"blocks of {block} divide an image of {tuple(sizes)} into {math.prod(counts)}; a ratio of {ratio} would "
+            f"hide {hidden} of them. Use a smaller block."
+        )
     mask = torch.zeros(order.shape, dtype=torch.bool)
     mask.scatter_(1, order[:, :hidden], True)
     mask = to_device(mask.reshape(len(draw), 1, *counts), torch.device(device))

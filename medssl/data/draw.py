@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from medssl.data.generators import generator_of, stream_key
+from medssl.data.generators import stream_key
+
+# Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014: odd step, and finaliser in
+# Stafford's variant 13. Counter-based: a batch's numbers are made at once and a sample's do not depend on the others.
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 class Draw:
@@ -39,23 +46,28 @@ class Draw:
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
         """Return float32 numbers in [low, high). Shape: (B, *shape)."""
-        return self._stack([rng.uniform(low, high, shape) for rng in self._generators()], torch.float32)
+        numbers = torch.from_numpy(low + (high - low) * self._fractions(shape)).float()
+        # Rounding to float32 may reach the upper end, which is excluded.
+        return numbers.clamp_(max=float(np.nextafter(np.float32(high), np.float32(low)))) if low < high else numbers
 
     def normal(self, mean: float, std: float, shape: tuple[int, ...] = ()) -> Tensor:
-        """Return float32 normal numbers. Shape: (B, *shape)."""
-        return self._stack([rng.normal(mean, std, shape) for rng in self._generators()], torch.float32)
+        """Return float32 normal numbers (Box and Muller, 1958). Shape: (B, *shape)."""
+        u = self._fractions((2, *shape))
+        radius = np.sqrt(-2 * np.log1p(-u[:, 0]))
+        return torch.from_numpy(mean + std * radius * np.cos(2 * math.pi * u[:, 1])).float()
 
     def integers(self, low: int, high: int, shape: tuple[int, ...] = ()) -> Tensor:
         """Return int64 numbers in [low, high). Shape: (B, *shape)."""
-        return self._stack([rng.integers(low, high, shape) for rng in self._generators()], torch.int64)
+        # The remainder of 64 bits is even to one part in 2^64 / (high - low).
+        return torch.from_numpy((self._bits(shape) % np.uint64(high - low)).astype(np.int64) + low)
 
     def happens(self, probability: float, shape: tuple[int, ...] = ()) -> Tensor:
         """Return True with the given probability. Shape: (B, *shape), bool."""
-        return self._stack([rng.random(shape) < probability for rng in self._generators()], torch.bool)
+        return torch.from_numpy(np.asarray(self._fractions(shape) < probability))
 
     def permutation(self, count: int) -> Tensor:
         """Return one permutation of 0..count-1 per sample. Shape: (B, count), int64."""
-        return self._stack([rng.permutation(count) for rng in self._generators()], torch.int64)
+        return torch.from_numpy(np.argsort(self._bits((count,)), axis=1, kind="stable").astype(np.int64))
 
     def noise_like(self, image: Tensor) -> Tensor:
         """Return standard normal noise of an image's shape, dtype and device, each sample from its own generator.
@@ -65,19 +77,26 @@ class Draw:
         if len(image) != len(self):
             raise ValueError(f"The image has {len(image)} samples, the draw has {len(self)}")
         noise = torch.empty_like(image)
-        for row, key in zip(noise, self._keys(), strict=True):
-            generator = torch.Generator(device=image.device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-            row.normal_(generator=generator)
+        for row, seed in zip(noise, (self._bits(()) >> np.uint64(1)).tolist(), strict=True):
+            row.normal_(generator=torch.Generator(device=image.device).manual_seed(seed))
         return noise
 
-    def _keys(self) -> list[bytes]:
+    def _fractions(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """Return numbers in [0, 1) with 53 bits. Shape: (B, *shape)."""
+        return (self._bits(shape) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def _bits(self, shape: tuple[int, ...]) -> NDArray[np.uint64]:
+        """Return 64 random bits for each number. Shape: (B, *shape)."""
         name = "/".join((*self.path, str(self._calls)))
         self._calls += 1
-        return [stream_key(self.seed, index, name) for index in self.sample_index]
+        stream = np.frombuffer(stream_key(self.seed, 0, name), dtype="<u8").astype(np.uint64)
+        index = np.array(self.sample_index, dtype=np.int64).astype(np.uint64)
+        keys = _mixed(_mixed(index * _STEP + stream[0]) ^ stream[1])
+        count = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
+        return _mixed(keys[:, None] + count * _STEP).reshape(len(self), *shape)
 
-    def _generators(self) -> list[np.random.Generator]:
-        return [generator_of(key) for key in self._keys()]
 
-    @staticmethod
-    def _stack(values: list[object], dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(np.stack([np.asarray(value) for value in values]), dtype=dtype)
+def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    bits = (bits ^ (bits >> np.uint64(30))) * _MIX[0]
+    bits = (bits ^ (bits >> np.uint64(27))) * _MIX[1]
+    return bits ^ (bits >> np.uint64(31))

@@ -49,9 +49,33 @@ def test_noise_is_each_samples_own():
         Draw(7, [4]).noise_like(image)
 
 
-def test_a_stream_never_changes_between_releases():
-    # A checkpoint resumed with a newer medssl must see the batches that it would have seen.
-    assert generator(0, 0, "crop").integers(0, 2**31, 3).tolist() == list(GOLDEN)
+def test_normal_numbers_are_normal():
+    numbers = Draw(0, range(200)).normal(2.0, 3.0, (200,)).double()
+    standard = (numbers.flatten() - 2) / 3
+    assert abs(standard.mean()) < 0.02 and abs(standard.var() - 1) < 0.03
+    assert abs((standard**4).mean() - 3) < 0.2 and abs((standard < -1.959964).double().mean() - 0.025) < 0.003
 
 
-GOLDEN = (231140289, 1762308732, 1579719271)
+def test_numbers_of_neighbouring_samples_names_and_calls_are_uncorrelated():
+    numbers = Draw(0, range(4000)).uniform(-1, 1, (8,))
+    other = Draw(0, range(4000)).child("a").uniform(-1, 1, (8,))
+    columns = torch.cat([numbers[:-1], numbers[1:], other[:-1]], dim=1)
+    off_diagonal = torch.corrcoef(columns.T) - torch.eye(24)
+    assert off_diagonal.abs().max() < 0.08
+    bits = torch.histc(numbers, 64, -1, 1) / numbers.numel() * 64
+    assert (bits - 1).abs().max() < 0.2
+
+
+def test_permutations_are_evenly_spread():
+    order = Draw(0, range(6000)).permutation(3)
+    _, counts = order.unique(dim=0, return_counts=True)
+    assert len(counts) == 6 and (counts - 1000).abs().max() < 120
+
+
+def test_streams_never_change_between_releases():
+    # A checkpoint that is resumed with a newer medssl must meet the batches that it would have met.
+    assert generator(0, 0, "crop").integers(0, 2**31, 3).tolist() == [231140289, 1762308732, 1579719271]
+    assert Draw(0, [0, 1]).child("x").integers(0, 1000, (3,)).tolist() == GOLDEN
+
+
+GOLDEN = [[296, 801, 711], [973, 248, 820]]
