@@ -71,6 +71,7 @@ def _nnunet(source: Source, out: Path, plans: Path | None) -> Path:
     _require_encoder(report)
     weights = {key: value for key, value in unet.state_dict().items() if ".seg_layers." not in key}
     save_checkpoint(out, {"network_weights": weights})
+    _beside(out, "_plans.json").unlink(missing_ok=True)
     if not fits:
         write_json(_beside(out, "_plans.json"), target)
         notes.append(
@@ -83,7 +84,7 @@ def _nnunet(source: Source, out: Path, plans: Path | None) -> Path:
 
 
 def _target_plans(source: Source, plans: Path | None) -> tuple[dict[str, Any], int, list[str], bool]:
-    """Return plans that the weights fit, their input channels, what a user should know, and if they are the given ones."""
+    """Return plans that the weights fit, their input channels, what to know, and if they are the given ones."""
     name = configuration_name(source.architecture.dimensions)
     if plans is None:
         return _plans_of_checkpoint(source, name), source.in_channels, _notes_of_checkpoint(source), False
