@@ -13,6 +13,8 @@ import numpy.typing as npt
 
 # Mid-tones that keep a contrast of 3:1 against white and against near-black, and differ for colour-blind readers.
 COLOURS = ("#2b83ba", "#d7641c", "#3a9a5b", "#b0509e", "#8c7a1f", "#5b6fd0", "#c2374a", "#4d9a9a")
+# The hues of the labels' contours (`overlays.LABEL_COLOURS`), darker so that they can be seen on white.
+LABEL_INKS = ("#b58a00", "#1c86c4", "#d04478", "#3d9a3a", "#cf6d12", "#8f5bd0", "#1f9c86", "#d03c3c")
 INK = "#010203"  # stands for the page's text colour
 MOST_POINTS = 600
 Numbers = npt.NDArray[np.float64]
@@ -70,11 +72,11 @@ def score_figure(label_scores: Mapping[str, Sequence[float]], title: str, unit: 
         best: The perfect score, from which the axis starts or at which it ends.
     """
     names = list(label_scores)
-    figure, axes = _canvas(6.4, 0.55 * len(names) + 0.75)
+    figure, axes = _canvas(5.0, 0.5 * len(names) + 0.7)
     rng = np.random.default_rng(0)
     for place, name in enumerate(names):
         values = np.asarray(label_scores[name], dtype=np.float64)
-        colour = COLOURS[place % len(COLOURS)]
+        colour = LABEL_INKS[place % len(LABEL_INKS)]
         axes.plot(values, place + rng.uniform(-0.16, 0.16, values.size), "o", color=colour, alpha=0.6, ms=4.5, mew=0)
         if values.size:
             axes.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=colour, lw=2.5)
@@ -91,7 +93,7 @@ def score_figure(label_scores: Mapping[str, Sequence[float]], title: str, unit: 
 
 
 def _curve(title: str, label: str, columns: Mapping[str, tuple[Numbers, Numbers]]) -> Figure:
-    figure, axes = _canvas(5.2, 2.7)
+    figure, axes = _canvas(4.3, 2.5)
     told = []
     for place, (name, (steps, values)) in enumerate(columns.items()):
         colour = COLOURS[place % len(COLOURS)]
@@ -110,6 +112,9 @@ def _curve(title: str, label: str, columns: Mapping[str, tuple[Numbers, Numbers]
     spread = [value for _, values in columns.values() for value in (values.min(), values.max())]
     if title in ("Loss", "Loss terms") and positive and max(spread) > 20 * min(spread):
         axes.set_yscale("log")
+    middle = (max(spread) + min(spread)) / 2
+    if max(spread) - min(spread) < 1e-3 * max(abs(middle), 1e-9):  # rounding noise is no news
+        axes.set_ylim(middle - 0.5 * max(abs(middle), 1e-9), middle + 0.5 * max(abs(middle), 1e-9))
     if len(columns) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     last = max(int(steps[-1]) for steps, _ in columns.values())
@@ -164,6 +169,7 @@ def _canvas(width: float, height: float) -> tuple[Any, Any]:
     axes.yaxis.label.set_color(INK)
     axes.xaxis.label.set_fontsize(9)
     axes.yaxis.label.set_fontsize(9)
+    axes.ticklabel_format(useOffset=False)
     axes.grid(True, color=INK, alpha=0.12, lw=0.6)
     axes.set_axisbelow(True)
     return figure, axes

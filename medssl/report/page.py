@@ -108,7 +108,11 @@ def _title(facts: RunFacts) -> str:
 def _lead(facts: RunFacts, segments: Segments | None) -> str:
     """Return what happened in a sentence or two."""
     if segments is not None and segments.headline:
-        return f"{segments.headline} on {segments.count} validation cases, none of which was used for training."
+        seen = set(facts.data.get("train_cases") or ()) & set(facts.data.get("validation_cases") or ())
+        if seen:
+            return f"{segments.headline}, but {len(seen)} of the cases were trained on: these figures are too good."
+        apart = ", none of which was trained on" if facts.data.get("validation_cases") else ""
+        return f"{segments.headline} on {segments.count} validation cases{apart}."
     losses = [row["loss"] for row in facts.metrics if isinstance(row.get("loss"), int | float)]
     if len(losses) < 2:
         return "There are no figures yet."
@@ -140,9 +144,7 @@ def _tiles(facts: RunFacts, segments: Segments | None) -> list[tuple[str, str]]:
         tiles.append(("network", str(network)))
     patch = facts.data.get("patch_size") or facts.recipe_values.get("patch_size")
     if isinstance(patch, Sequence) and not isinstance(patch, str):
-        tiles.append(
-            ("patch (z, y, x)" if len(patch) == 3 else "patch (y, x)", " × ".join(str(side) for side in patch))
-        )
+        tiles.append(("patch (z, y, x)" if len(patch) == 3 else "patch (y, x)", "×".join(str(side) for side in patch)))
     devices = facts.environment.get("gpus")
     if facts.environment:
         names = [str(device.get("name")) for device in devices or [] if isinstance(device, Mapping)]
@@ -198,12 +200,16 @@ def _embedded(picture: Any) -> str:
 
 
 def _table(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested plain data as pairs of a name and a short text."""
+    """Return nested plain data as pairs of a name and a short text; a mapping of single values is one row."""
     rows: list[tuple[str, str]] = []
     for name, value in content.items():
         title = f"{prefix}{str(name).replace('_', ' ')}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and any(isinstance(item, Mapping | list) for item in value.values()):
             rows.extend(_table(value, f"{title}: "))
+        elif isinstance(value, Mapping):
+            pairs = [f"{key} {_text(item)}" for key, item in value.items() if item is not None]
+            more = f", and {len(pairs) - LONGEST_LIST} more" if len(pairs) > LONGEST_LIST else ""
+            rows.append((title, ", ".join(pairs[:LONGEST_LIST]) + more))
         elif value not in (None, "", [], {}):
             rows.append((title, _text(value)))
     return rows
