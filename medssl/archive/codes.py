@@ -187,9 +187,18 @@ _PREPROCESSING: tuple[Code, ...] = (
     Code("refused", "label_grid_differs", "The label lies elsewhere than its image.", "Resample the label to the image's grid, or mend its matrix."),
     Code("refused", "label_values_unknown", "The label has values that dataset.json does not list.", 'Fix the mask, or add the value to "labels" (ignore: "ignore": VALUE).'),
 )
+# Found when a volume is segmented; they stand in predictions.json.
+_PREDICTION: tuple[Code, ...] = (
+    Code("refused", "channels_incomplete", "A case has other channels than the model takes.", "Name its files CASE_0000, CASE_0001, ... one per channel."),
+    Code("refused", "name_taken", "Two files are the same case and channel.", "Remove or rename one."),
+    Code("refused", "output_not_finite", "The network's output is not finite on this volume.", "Check the volume's intensities; if it is so everywhere, training diverged."),
+)
 # fmt: on
 
-CODES: dict[str, Code] = {entry.code: entry for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING)}
+CODES: dict[str, Code] = {
+    entry.code: entry
+    for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING, *_PREDICTION)
+}
 
 
 def codes_of(group: Group) -> list[Code]:
