@@ -47,6 +47,11 @@ _ORDER = (
     "cardiac_percent",
     "trigger",
     "frame_reference",
+    "dimension_0",
+    "dimension_1",
+    "dimension_2",
+    "dimension_3",
+    "dimension_4",
     "acquisition",
 )
 #: Labels that split a series whose places are not all filled equally often.
@@ -137,7 +142,7 @@ def equal_frames(by_place: Sequence[Sequence[Slot]]) -> tuple[list[list[Slot]], 
         else:
             return None
     frames = [[group[number] for group in ordered] for number in range(count)]
-    return sorted(frames, key=_taken), by_number
+    return sorted(frames, key=lambda frame: _taken(frame, chosen)), by_number
 
 
 def unequal_stacks(by_place: Sequence[Sequence[Slot]], least: int) -> list[list[Slot]] | None:
@@ -203,9 +208,12 @@ def _rank(ordered: Sequence[Sequence[Slot]], classes: Sequence[int], name: str) 
     return result
 
 
-def _taken(frame: Sequence[Slot]) -> tuple[float, ...]:
+def _taken(frame: Sequence[Slot], chosen: Sequence[str]) -> tuple[float, ...]:
     """Return what frames are ordered by: what the labels say, then when they were taken."""
     key = [min(slot.labels.get(name, 0.0) for slot in frame) for name in _ORDER]
     key.append(min(slot.labels.get("acquisition_time", 0.0) for slot in frame))
-    key.append(min(slot.labels["instance"] for slot in frame))
-    return tuple(key)
+    first = min(slot.labels["instance"] for slot in frame)
+    # The order of frames inside one file means nothing; numbers of files follow the acquisition.
+    key.append(first if frame[0].header.frame_count == 1 else 0.0)
+    key.extend(_label(frame[0], chosen))
+    return (*key, first)

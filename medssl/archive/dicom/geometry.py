@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 MIN_SLICES = 3
 _MAX_SLICES = 20_000
 #: Planes may lie this far beside the grid: written positions are rounded to 0.1 mm by some systems.
-_ALONG_MM, _ALONG_PART, _ALONG_MOST = 0.05, 0.01, 0.1
+_ALONG_MM, _ALONG_PART, _ALONG_MOST = 0.06, 0.01, 0.1
 #: Sideways drift over the whole stack that stays below what a voxel can show, in pixels.
 _DRIFT_PIXELS = 0.25
 _SIDEWAYS_MM = 0.05
@@ -136,11 +136,15 @@ def fit_grid(
         step = float((along[-1] - along[0]) / (len(along) - 1 + missing))
     flags = set()
     places = np.concatenate([[0], np.cumsum(counts)])
-    beside = float(np.abs(along - along[0] - places * step).max())
+    start = float(along[0])
+    beside = float(np.abs(along - start - places * step).max())
+    if beside > 1e-3 * step:
+        # Rounded positions: the line through all of them errs less than the one through the two ends.
+        step, start = (float(value) for value in np.polyfit(places, along, 1))
+        beside = float(np.abs(along - start - places * step).max())
+        flags.add("position_jitter")
     if beside > tolerance_along(step):
         raise InputRefused("varying_spacing", f"slices lie up to {beside:.3f} mm beside a grid of {step:.4f} mm")
-    if beside > 1e-3 * step:
-        flags.add("position_jitter")
     sideways, tilted = _sideways(positions, along, axes, spacing, repair)
     full_order: list[int] = []
     full_shift: list[Array] = []
@@ -152,7 +156,7 @@ def fit_grid(
                 full_shift.append(sideways[number - 1] * (1 - weight) + sideways[number] * weight)
         full_order.append(int(plane))
         full_shift.append(sideways[number])
-    origin, rows, columns = positions[0], size[0], size[1]
+    origin, rows, columns = positions[0] + axes[2] * (start - float(along[0])), size[0], size[1]
     shifts: tuple[tuple[float, float], ...] = ()
     if tilted:
         offsets = np.array(full_shift)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -196,6 +197,7 @@ _KINDS: tuple[Callable[[Slot], str], ...] = (
     lambda slot: slot.frame.stack,
     lambda slot: slot.header.sop_class,
 )
+_STACK = 2
 
 
 def solve(family: Family, *, repair: bool, tried: int = 0) -> tuple[list[Plan], Rejected]:
@@ -215,7 +217,7 @@ def solve(family: Family, *, repair: bool, tried: int = 0) -> tuple[list[Plan], 
             reason = refusal
     for number in range(tried, len(_KINDS)):
         parts = _split(family, _KINDS[number])
-        if len(parts) > 1 and (repeated or _strays(parts)):
+        if len(parts) > 1 and (repeated or _strays(parts) or (number == _STACK and _apart(parts))):
             plans: list[Plan] = []
             rejected: Rejected = []
             for part in parts:
@@ -245,6 +247,16 @@ def _strays(parts: Sequence[Family]) -> bool:
     """Tell whether a few odd planes lie beside one stack: splitting anything else could pass gaps off as spacing."""
     sizes = sorted(len(part.slots) for part in parts)
     return sizes[-1] >= MIN_SLICES and all(size < MIN_SLICES for size in sizes[:-1])
+
+
+def _apart(parts: Sequence[Family]) -> bool:
+    """Tell whether parts lie one after the other along the normal, none between the planes of another."""
+    ranges = []
+    for part in parts:
+        along = [float(slot.point @ part.axes[2]) for slot in part.slots]
+        ranges.append((min(along), max(along)))
+    ranges.sort()
+    return all(first[1] < second[0] for first, second in pairwise(ranges))
 
 
 def _odd_kind(entry: tuple[list[Slot], str, str], beside_volume: bool) -> tuple[list[Slot], str, str]:
