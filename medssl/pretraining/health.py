@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.losses.precision import at_least_float32
@@ -70,17 +69,18 @@ def local_mean(image: Tensor, visible: Tensor, reach: int) -> Tensor:
     known = torch.where(visible, image, 0.0)
     axes = tuple(range(2, image.ndim))
     overall = known.sum(axes, keepdim=True) / weight.sum(axes, keepdim=True).clamp(min=1)
-    total, share = _box_mean(known, reach), _box_mean(weight, reach)
-    return torch.where(share > 1e-6, total / share.clamp(min=1e-6), overall)
+    total, count = _box_sum(known, reach), _box_sum(weight, reach)
+    return torch.where(count > 0.5, total / count.clamp(min=0.5), overall)
 
 
-def _box_mean(image: Tensor, reach: int) -> Tensor:
-    """Return the mean over a box around each voxel, zeros beyond the border, one axis after the other."""
-    axes = image.ndim - 2
-    pool = F.avg_pool3d if axes == 3 else F.avg_pool2d
-    for axis, size in enumerate(image.shape[2:]):
-        side = min(reach, size - 1)
-        window = [2 * side + 1 if number == axis else 1 for number in range(axes)]
-        pad = [side if number == axis else 0 for number in range(axes)]
-        image = pool(image, window, 1, pad)
-    return image
+def _box_sum(image: Tensor, reach: int) -> Tensor:
+    """Return the sum over a box around each voxel, cut at the border, one axis after the other."""
+    total = image.double()
+    for axis in range(2, image.ndim):
+        size = image.shape[axis]
+        # Running sums in float64: their differences keep the precision that float32 would lose.
+        running = torch.cat([torch.zeros_like(total.narrow(axis, 0, 1)), total.cumsum(axis)], dim=axis)
+        place = torch.arange(size, device=image.device)
+        after, before = (place + reach + 1).clamp(max=size), (place - reach).clamp(min=0)
+        total = running.index_select(axis, after) - running.index_select(axis, before)
+    return total.to(image.dtype)

@@ -137,7 +137,7 @@ def settle(values: Mapping[str, Any], store: Store, machine: Machine, where: str
     log_every = chosen.get("log_every", given.log_every)
     choose("health_every", log_every * 5)
     choose("validate_every", log_every * 10 if store.ids_of("validation") else 0)
-    choose("pictures_every", max(1, steps // 10))
+    choose("pictures_every", max(50, steps // 10))
     chosen["devices"] = machine.devices
     recipe = given.model_copy(update=chosen)
     _check_batch(recipe)
