@@ -94,7 +94,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=("PNG", "JPEG", "MPO", "TIFF")) as image:
+            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as image:
                 yield image
     except UnidentifiedImageError as error:
         raise _unreadable(path) from error

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from medssl.archive.formats.common import Geometry, Layout, check_bytes, check_dimensions, check_stored, finish
+from medssl.archive.formats.common import (
+    Geometry,
+    Layout,
+    check_affine,
+    check_bytes,
+    check_dimensions,
+    check_stored,
+    describe_affine,
+    finish,
+)
 from medssl.archive.volume import Volume
 from medssl.errors import InputRefused
 
@@ -65,6 +74,9 @@ def layout_of(header: TextHeader, path: Path) -> Layout:
     check_dimensions((*header.sizes, header.frames))
     if len(header.sizes) not in (2, 3):
         raise InputRefused("dimensions_unsupported", f"{len(header.sizes)} spatial dimensions")
+    fault = check_affine(header.affine)
+    if fault not in ("", "affine_sheared"):  # that one can be repaired
+        raise InputRefused(fault, describe_affine(header.affine))
     needed = check_bytes((header.frames, *header.sizes), header.itemsize)
     held = sum(max(0, _size(file) - offset) for file, offset in header.files)
     if header.compressed == "text":
