@@ -32,7 +32,9 @@ def write_case(
     affine = np.diag([1.0, 1.0, 1.2, 1.0]) if affine is None else affine
     for channel in range(channels):
         image = rng.normal(100, 10, mask.shape) + 60 * (mask > 0) + 30 * (mask == 2) + 5 * channel
-        nibabel.save(nibabel.Nifti1Image(image.astype(np.float32), affine), folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz")
+        nibabel.save(
+            nibabel.Nifti1Image(image.astype(np.float32), affine), folder / "imagesTr" / f"{name}_{channel:04d}.nii.gz"
+        )
     nibabel.save(nibabel.Nifti1Image(mask, affine), folder / "labelsTr" / f"{name}.nii.gz")
 
 
@@ -70,7 +72,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for parameter in network.parameters():
             # Norms and biases start at constants, which would hide a weight that was not copied.
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.01)
+            parameter.add_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.01
+            )
     save_checkpoint(
         path,
         {

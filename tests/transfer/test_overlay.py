@@ -15,7 +15,9 @@ from medssl.transfer.source import load_source
 
 
 def _network(in_channels: int = 1, out_channels: int = 3, name: str = "resenc-xs") -> nn.Module:
-    return build_network(name, dimensions=3, in_channels=in_channels, out_channels=out_channels, deep_supervision=True, seed=1)
+    return build_network(
+        name, dimensions=3, in_channels=in_channels, out_channels=out_channels, deep_supervision=True, seed=1
+    )
 
 
 def test_encoder_and_decoder_are_taken_and_output_layers_never(checkpoint: Path) -> None:
@@ -54,7 +56,9 @@ def test_more_input_channels_give_the_answer_to_equal_channels(checkpoint: Path)
         source.weights["encoder.stem.convs.0.conv.weight"].repeat(1, 3, 1, 1, 1) / 3,
     )
     image = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-    features = [network.eval().encoder(image.expand(-1, count, -1, -1, -1)) for network, count in ((one, 1), (three, 3))]  # type: ignore[operator]
+    features = [
+        network.eval().encoder(image.expand(-1, count, -1, -1, -1)) for network, count in ((one, 1), (three, 3))
+    ]  # type: ignore[operator]
     for first, second in zip(*features, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
 
@@ -69,7 +73,10 @@ def test_prefixes_of_wrappers_and_missing_aliases_do_not_matter(checkpoint: Path
     network = _network()
     report = overlay(network, bare, decoder=True)
     assert not report.missing
-    assert torch.equal(network.state_dict()["decoder.encoder.stem.convs.0.all_modules.0.weight"], source.weights["encoder.stem.convs.0.conv.weight"])
+    assert torch.equal(
+        network.state_dict()["decoder.encoder.stem.convs.0.all_modules.0.weight"],
+        source.weights["encoder.stem.convs.0.conv.weight"],
+    )
 
 
 def test_other_shapes_and_missing_keys_are_listed(checkpoint: Path) -> None:
@@ -91,4 +98,8 @@ def test_a_strangers_weights_are_refused() -> None:
     with pytest.raises(CheckpointError, match="No weight of the encoder fits"):
         overlay(_network(), {"conv1.weight": torch.zeros(3)}, decoder=True)
     with pytest.raises(CheckpointError, match=r"For example encoder\..*shape"):
-        overlay(_network(), {name: value[..., :1] for name, value in build_network("resenc-s", dimensions=2).state_dict().items()}, decoder=True)
+        overlay(
+            _network(),
+            {name: value[..., :1] for name, value in build_network("resenc-s", dimensions=2).state_dict().items()},
+            decoder=True,
+        )

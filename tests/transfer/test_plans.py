@@ -31,7 +31,9 @@ def test_plans_hold_the_network_and_the_median_spacing(make_dataset: MakeDataset
     assert json.loads(json.dumps(plans)) == plans
 
 
-def test_the_fingerprint_equals_nnunets(make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_equals_nnunets(
+    make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
     folder = make_dataset("Dataset001_balls", cases=3)
@@ -96,7 +98,13 @@ def test_data_are_shared_between_plans_that_preprocess_alike(make_dataset: MakeD
     one = fingerprint(dataset, names[:2], tmp_path / "cache", quiet=True)
     two = fingerprint(dataset, names[1:], tmp_path / "cache", quiet=True)
     identifiers = [
-        make_plans(dataset, facts, architecture(network, 3), patch_size=None, spacing=spacing)["configurations"]["3d_fullres"]["data_identifier"]
-        for facts, network, spacing in ((one, "resenc-xs", None), (two, "resenc-s", None), (one, "resenc-xs", (2.0, 2.0, 2.0)))
+        make_plans(dataset, facts, architecture(network, 3), patch_size=None, spacing=spacing)["configurations"][
+            "3d_fullres"
+        ]["data_identifier"]
+        for facts, network, spacing in (
+            (one, "resenc-xs", None),
+            (two, "resenc-s", None),
+            (one, "resenc-xs", (2.0, 2.0, 2.0)),
+        )
     ]
     assert identifiers[0] == identifiers[1] != identifiers[2]

@@ -47,7 +47,9 @@ def test_a_mask_of_another_shape_is_named(make_dataset: MakeDataset) -> None:
     folder = make_dataset()
     _change_mask(folder, "case3", lambda array, affine: (array[:-2], affine))
     dataset = read_dataset(folder)
-    with pytest.raises(DataError, match=r"case3: case3.nii.gz has the shape \(22, 24, 24\).*has \(24, 24, 24\).*Resample"):
+    with pytest.raises(
+        DataError, match=r"case3: case3.nii.gz has the shape \(22, 24, 24\).*has \(24, 24, 24\).*Resample"
+    ):
         check_case(dataset, dataset.cases["case3"])
 
 
@@ -60,7 +62,9 @@ def test_unknown_label_values_are_named_with_the_remedy(make_dataset: MakeDatase
 
     _change_mask(folder, "case1", paint)
     dataset = read_dataset(folder)
-    with pytest.raises(DataError, match=r"case1: label has values \{0, 1, 2, 255\}; dataset.json knows \{0, 1, 2\}.*add 255"):
+    with pytest.raises(
+        DataError, match=r"case1: label has values \{0, 1, 2, 255\}; dataset.json knows \{0, 1, 2\}.*add 255"
+    ):
         check_case(dataset, dataset.cases["case1"])
 
 

@@ -45,7 +45,9 @@ def test_frozen_lets_the_encoder_go_later_and_never_resets_the_decoder() -> None
 
 
 def test_poly_is_nnunets_and_constant_is_constant() -> None:
-    assert _curve(Schedule("poly", 1e-2, 10), "decoder") == pytest.approx([1e-2 * (1 - step / 10) ** 0.9 for step in range(10)])
+    assert _curve(Schedule("poly", 1e-2, 10), "decoder") == pytest.approx(
+        [1e-2 * (1 - step / 10) ** 0.9 for step in range(10)]
+    )
     assert _curve(Schedule("constant", 1e-2, 10), "stem") == [1e-2] * 10
 
 

@@ -51,7 +51,9 @@ def _same(first: Path, second: Path) -> bool:
     )
 
 
-def test_a_run_holds_all_that_nnunet_and_a_reader_need(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_run_holds_all_that_nnunet_and_a_reader_need(
+    make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path
+) -> None:
     folder, run = make_dataset(), tmp_path / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert finetune_segmentation(folder, checkpoint, run, labelled=2, **SMALL) == run
@@ -67,7 +69,10 @@ def test_a_run_holds_all_that_nnunet_and_a_reader_need(make_dataset: MakeDataset
     for name in ("recipe.yaml", "environment.json", "splits_final.json", "views.png", "dataset.json", "plans.json"):
         assert (run / name).stat().st_size > 0, name
     for case in data["validation_cases"]:
-        mask, source = (nibabel.load(path) for path in (run / "validation" / f"{case}.nii.gz", folder / "labelsTr" / f"{case}.nii.gz"))
+        mask, source = (
+            nibabel.load(path)
+            for path in (run / "validation" / f"{case}.nii.gz", folder / "labelsTr" / f"{case}.nii.gz")
+        )
         assert mask.shape == source.shape and np.allclose(mask.affine, source.affine)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
@@ -80,7 +85,9 @@ def test_a_run_holds_all_that_nnunet_and_a_reader_need(make_dataset: MakeDataset
 def test_the_first_step_starts_from_the_pretrained_weights(
     make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path
 ) -> None:
-    run = finetune_segmentation(make_dataset(), checkpoint, tmp_path / "run", learning_rate=1e-12, **SMALL | {"steps": 1})
+    run = finetune_segmentation(
+        make_dataset(), checkpoint, tmp_path / "run", learning_rate=1e-12, **SMALL | {"steps": 1}
+    )
     weights, pretrained = _final(run)["network_weights"], load_source(checkpoint).weights
     for name, value in pretrained.items():
         if ".seg_layers." not in name:
@@ -89,11 +96,21 @@ def test_the_first_step_starts_from_the_pretrained_weights(
 
 def test_encoder_only_is_an_option(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
     run = finetune_segmentation(
-        make_dataset(), checkpoint, tmp_path / "run", transfer_decoder=False, learning_rate=1e-12, **SMALL | {"steps": 1}
+        make_dataset(),
+        checkpoint,
+        tmp_path / "run",
+        transfer_decoder=False,
+        learning_rate=1e-12,
+        **SMALL | {"steps": 1},
     )
     weights, pretrained = _final(run)["network_weights"], load_source(checkpoint).weights
-    assert not torch.allclose(weights["decoder.stages.0.convs.0.conv.weight"], pretrained["decoder.stages.0.convs.0.conv.weight"])
-    assert torch.allclose(weights["encoder.stages.3.blocks.1.conv1.conv.weight"], pretrained["encoder.stages.3.blocks.1.conv1.conv.weight"])
+    assert not torch.allclose(
+        weights["decoder.stages.0.convs.0.conv.weight"], pretrained["decoder.stages.0.convs.0.conv.weight"]
+    )
+    assert torch.allclose(
+        weights["encoder.stages.3.blocks.1.conv1.conv.weight"],
+        pretrained["encoder.stages.3.blocks.1.conv1.conv.weight"],
+    )
 
 
 def test_the_scratch_twin_has_the_same_plans_batches_and_output_layers(
@@ -146,18 +163,30 @@ def test_another_seed_is_another_run(make_dataset: MakeDataset, checkpoint: Path
 
 def test_a_frozen_encoder_does_not_move(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
     run = finetune_segmentation(
-        make_dataset(), checkpoint, tmp_path / "run", schedule="frozen", frozen_fraction=0.99, learning_rate=1e-2, **SMALL
+        make_dataset(),
+        checkpoint,
+        tmp_path / "run",
+        schedule="frozen",
+        frozen_fraction=0.99,
+        learning_rate=1e-2,
+        **SMALL,
     )
     weights, pretrained = _final(run)["network_weights"], load_source(checkpoint).weights
     for name, value in pretrained.items():
         if name.startswith("encoder."):
             assert torch.equal(weights[name], value), name
-    assert not torch.equal(weights["decoder.stages.0.convs.0.conv.weight"], pretrained["decoder.stages.0.convs.0.conv.weight"])
+    assert not torch.equal(
+        weights["decoder.stages.0.convs.0.conv.weight"], pretrained["decoder.stages.0.convs.0.conv.weight"]
+    )
 
 
 def test_more_channels_and_swapped_labels_train(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
     run = finetune_segmentation(
-        make_dataset(channel_names=("T1", "T2")), checkpoint, tmp_path / "run", laterality="swap-labels", **SMALL | {"steps": 2}
+        make_dataset(channel_names=("T1", "T2")),
+        checkpoint,
+        tmp_path / "run",
+        laterality="swap-labels",
+        **SMALL | {"steps": 2},
     )
     assert _final(run)["network_weights"]["encoder.stem.convs.0.conv.weight"].shape[1] == 2
     assert json.loads((run / "transfer.json").read_text())["counts"]["repeated"] > 0
@@ -181,7 +210,10 @@ def test_a_signal_saves_and_the_run_goes_on(
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch)
 
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match="SIGTERM after step 3.*--resume") as stopped:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingStopped, match="SIGTERM after step 3.*--resume") as stopped,
+    ):
         patch.setattr(medSSLTrainer, "_one_step", one_step)
         finetune_segmentation(folder, checkpoint, tmp_path / "stopped", **options)
     assert stopped.value.exit_code == 143
@@ -203,13 +235,17 @@ def test_a_finished_run_is_left_alone_by_resume(make_dataset: MakeDataset, check
 def test_bad_data_leave_nothing_behind(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
     folder, run = make_dataset(), tmp_path / "run"
     image = nibabel.load(folder / "labelsTr" / "case2.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(np.asanyarray(image.dataobj)[:-1], image.affine), folder / "labelsTr" / "case2.nii.gz")
+    nibabel.save(
+        nibabel.Nifti1Image(np.asanyarray(image.dataobj)[:-1], image.affine), folder / "labelsTr" / "case2.nii.gz"
+    )
     with pytest.raises(DataError, match="case2: case2.nii.gz has the shape"):
         finetune_segmentation(folder, checkpoint, run, **SMALL)
     assert not run.exists()
 
 
-def test_options_that_exclude_each_other_are_refused(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
+def test_options_that_exclude_each_other_are_refused(
+    make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path
+) -> None:
     folder, run = make_dataset(), tmp_path / "run"
     with pytest.raises(UsageError, match="either --plans-from CHECKPOINT .* or --network NAME"):
         finetune_segmentation(folder, None, run, **SMALL)
@@ -240,7 +276,11 @@ def test_a_damaged_last_checkpoint_is_named(
 
 
 def test_the_global_state_of_the_process_is_as_before(
-    make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    make_dataset: MakeDataset,
+    checkpoint: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import os
 
