@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from medssl.augmentation.resampling import positions, slabs
 from medssl.augmentation.transform import Parameters, broadcast, to_device
 
 
@@ -102,24 +103,28 @@ def positions_inside(
     Returns:
         Shape: (N, 1, Z, Y, X), bool.
     """
-    m = to_device(matrix, device, torch.float32)
-    low, high = (to_device(limit, device, torch.float32) for limit in _limits(valid))
+    low, high = (limit.float() for limit in _limits(valid))
+    if device.type == "cpu":
+        result = torch.empty((len(matrix), *patch), dtype=torch.bool)
+        for row, part in itertools.product(range(len(matrix)), slabs(patch)):
+            within = torch.ones(result[row, part].shape, dtype=torch.bool)
+            for axis in range(3):
+                position = positions(matrix[row, axis].float(), patch, part)
+                if offset is not None:
+                    position = position + offset[row, axis, part]
+                within &= (position >= low[row, axis]) & (position <= high[row, axis])
+            result[row, part] = within
+        return result[:, None]
+    m = to_device(matrix, device, torch.float32).reshape(-1, 3, 4, 1, 1, 1)
+    low, high = (to_device(limit, device).reshape(-1, 3, 1, 1, 1) for limit in (low, high))
     z, y, x = (
         torch.arange(edge, device=device, dtype=torch.float32).reshape([-1 if a == axis else 1 for a in range(3)])
         for axis, edge in enumerate(patch)
     )
-    result = torch.ones((len(m), *patch), dtype=torch.bool, device=device)
-
-    def spread(values: Tensor) -> Tensor:
-        return values.reshape(-1, 1, 1, 1)
-
-    for axis in range(3):
-        row = m[:, axis]
-        position = spread(row[:, 0]) * z + spread(row[:, 1]) * y + (spread(row[:, 2]) * x + spread(row[:, 3]))
-        if offset is not None:
-            position = position + offset[:, axis]
-        result &= (position >= spread(low[:, axis])) & (position <= spread(high[:, axis]))
-    return result[:, None]
+    position = m[:, :, 0] * z + m[:, :, 1] * y + (m[:, :, 2] * x + m[:, :, 3])
+    if offset is not None:
+        position = position + offset
+    return ((position >= low) & (position <= high)).all(dim=1, keepdim=True)
 
 
 def crop(

@@ -290,7 +290,7 @@ class Spatial:
 
     def _resampled_label(self, label: Tensor, matrix: Tensor, offset: Tensor | None, flat: bool) -> Tensor:
         if self.label_mode == "nearest":
-            return self._resampled(label.float(), matrix, offset, flat, "nearest").to(label.dtype)
+            return self._resampled(label, matrix, offset, flat, "nearest")
         best = self._resampled((label == 0).float(), matrix, offset, flat)
         result = torch.zeros_like(best, dtype=label.dtype)
         for value in range(1, self.classes):

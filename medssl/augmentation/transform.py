@@ -51,15 +51,22 @@ class Facts:
 class Transform(Generic[SettingsT]):
     """Base of the intensity transforms.
 
-    A subclass draws with `values` and changes rows with `change`; the base chooses who is changed and touches nobody
-    else, so that a sample that drew nothing keeps its bits and a sample's result does not depend on its batch mates.
+    A subclass draws with `values` and changes channels with `change`; the base chooses which channels are changed and
+    touches no other, so that whoever drew nothing, or a strength without effect, keeps every bit, and a sample's result
+    does not depend on its batch mates.
 
     Args:
         by_modality: Settings for each modality that the policy meets; a modality that is missing is never changed.
+
+    Attributes:
+        name: What policies call it.
+        settings_class: Its settings.
+        neutral: The parameter that carries the strength, and its value without effect.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[TransformSettings]]
+    neutral: ClassVar[tuple[str, float]]
 
     def __init__(self, by_modality: Mapping[str, SettingsT]) -> None:
         self.by_modality = dict(by_modality)
@@ -71,33 +78,43 @@ class Transform(Generic[SettingsT]):
         active = rng.uniform(0, 1) < probability
         per_channel = self.per_sample(facts, lambda settings: getattr(settings, "per_channel", 1.0), missing=1.0)
         chosen = rng.uniform(0, 1, shape) < per_channel[:, None]
-        return {"active": active[:, None] & chosen, **self.values(facts, rng)}
+        values = self.values(facts, rng)
+        strength, without_effect = self.neutral
+        effective = (values[strength] != without_effect).reshape(len(facts), facts.channels, -1).any(dim=2)
+        return {"active": active[:, None] & chosen & effective, **values}
 
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
         """Return the changed batch; the input is not modified. Shape: (B, C, ...)."""
-        return self.apply_(image.clone(), parameters)
+        return self.apply_(image.clone(memory_format=torch.contiguous_format), parameters)
 
     def apply_(self, image: Tensor, parameters: Parameters) -> Tensor:
-        """Change a batch that the caller owns, in place, and return it."""
-        active = parameters["active"]
-        rows = active.any(dim=1).nonzero()[:, 0]
-        if len(rows) == 0:
+        """Change a contiguous batch that the caller owns, in place, and return it."""
+        active = parameters["active"].flatten()
+        chosen = active.nonzero()[:, 0]
+        if len(chosen) == 0:
             return image
-        values = {name: value[rows] for name, value in parameters.items()}
-        everyone = len(rows) == len(image)
-        index = None if everyone else to_device(rows, image.device)
-        before = image if index is None else image.index_select(0, index)
-        after = self.change(before, values)
-        if not bool(values["active"].all()):
-            after = torch.where(broadcast(values["active"], image), after, before)
-        return image.copy_(after) if index is None else image.index_copy_(0, index, after)
+        values = {name: value.flatten(0, 1)[chosen] for name, value in parameters.items() if name != "active"}
+        channels = image.view(-1, *image.shape[2:])
+        if len(chosen) == len(channels):
+            after = self.change(channels, values)
+            if after is not channels:
+                channels.copy_(after)
+        else:
+            index = to_device(chosen, image.device)
+            channels.index_copy_(0, index, self.change(channels.index_select(0, index), values))
+        return image
 
     def values(self, facts: Facts, rng: Draw) -> Parameters:
-        """Draw what this transform needs besides who is changed."""
+        """Draw what this transform needs besides who is changed. Each has the shape (B, C, ...)."""
         raise NotImplementedError
 
-    def change(self, image: Tensor, values: Parameters) -> Tensor:
-        """Return the changed rows; `image` must not be modified. `values` are on the CPU."""
+    def change(self, channels: Tensor, values: Parameters) -> Tensor:
+        """Return the changed channels; the given ones may be overwritten.
+
+        Args:
+            channels: Shape: (N, *spatial).
+            values: What `values` drew for these channels, on the CPU. Shapes: (N, ...).
+        """
         raise NotImplementedError
 
     def per_sample(self, facts: Facts, of: Callable[[Any], float], missing: float = 0.0) -> Tensor:
@@ -134,7 +151,7 @@ def to_device(values: Tensor, device: torch.device, dtype: torch.dtype | None = 
 
 
 def broadcast(values: Tensor, image: Tensor) -> Tensor:
-    """Bring (B,) or (B, C) parameters to the image's device and number of axes; floats to its dtype."""
+    """Bring parameters of the leading axes to the image's device and number of axes; floats to its dtype."""
     dtype = image.dtype if values.is_floating_point() else None
     moved = to_device(values, image.device, dtype)
     return moved.reshape(*moved.shape, *([1] * (image.ndim - moved.ndim)))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 
-from medssl.augmentation.intensity import INTENSITY, blur_along, coarse_neighbours
+from medssl.augmentation.intensity import INTENSITY, blur_along
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 
@@ -48,8 +48,7 @@ def changed(name, image, seed=0, first=0, **settings):
 @pytest.mark.parametrize("name", INTENSITY)
 def test_zero_strength_is_the_identity_bit_for_bit(name, shape):
     image = images(shape)
-    result, drawn = changed(name, image, **ZERO[name])
-    assert drawn["active"].any()
+    result, _ = changed(name, image, **ZERO[name])
     assert torch.equal(result, image)
 
 
@@ -110,17 +109,17 @@ def test_a_modality_without_settings_is_never_changed():
 def test_noise_has_its_standard_deviation():
     image = torch.zeros(2, 1, 32, 32, 32)
     result, drawn = changed("noise", image, std=(0.05, 0.3))
-    assert torch.allclose(result.flatten(1).std(dim=1), drawn["std"], rtol=0.03)
+    assert torch.allclose(result.flatten(1).std(dim=1), drawn["std"][:, 0], rtol=0.03)
     assert result.mean().abs() < 0.01
 
 
 def test_blur_equals_scipy():
-    image = images((1, 1, 14, 15, 16))
+    image = images((1, 14, 15, 16))
     result = image
     for axis, sigma in enumerate((0.5, 0.8, 1.0)):
-        result = blur_along(result, axis + 2, torch.tensor([[sigma]]))
-    slow = gaussian_filter(image[0, 0].numpy(), (0.5, 0.8, 1.0), mode="mirror", radius=(2, 3, 3))
-    assert np.abs(result[0, 0].numpy() - slow).max() < 1e-5
+        result = blur_along(result, axis + 1, torch.tensor([sigma]))
+    slow = gaussian_filter(image[0].numpy(), (0.5, 0.8, 1.0), mode="mirror", radius=(2, 3, 3))
+    assert np.abs(result[0].numpy() - slow).max() < 1e-5
 
 
 def test_blur_keeps_the_mean_of_a_constant_and_lowers_the_variance():
@@ -164,12 +163,6 @@ def test_low_resolution_equals_interpolation_there_and_back(zoom):
     slow = F.interpolate(F.interpolate(image, size, mode="nearest-exact"), image.shape[2:], mode="trilinear")
     result, _ = changed("low_resolution", image, zoom=(zoom, zoom), per_channel=1.0)
     assert torch.allclose(result, slow, atol=1e-5)
-
-
-def test_coarse_neighbours_lie_in_the_image():
-    for edge in (1, 2, 7, 160):
-        lower, upper, weight = coarse_neighbours(edge, torch.tensor([[0.01, 0.5, 1.0]]))
-        assert lower.min() >= 0 and upper.max() < edge and weight.min() >= 0 and weight.max() < 1
 
 
 def test_factors_are_below_one_as_often_as_above():
