@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from medssl.archive.load import SeriesFound, find_series
 from medssl.errors import DataError, InputRefused, UsageError
 from medssl.inference.source import Channel, from_volume, open_file
 
@@ -100,20 +102,20 @@ def _opener(paths: list[Path]) -> Callable[[], list[Channel]]:
 
 
 def _dicom(where: Path, channels: int) -> tuple[list[Case], list[Refusal]]:
-    from medssl.archive.load import find_series
-
     if channels != 1:
         raise UsageError(
             f"This model takes {channels} channels, and DICOM series do not say which one is which channel. "
             "Convert them with `medssl convert` and name the files CASE_0000.nii.gz, CASE_0001.nii.gz."
         )
     found = find_series(where)
-    cases = [Case(series.name, (), _series_opener(series.load)) for series in found.series]
-    return cases, [Refusal(source, code, detail) for source, code, detail in found.refused]
+    cases = [Case(series.name, (), _series_opener(series)) for series in found.series]
+    # Paths of DICOM files often name the patient, so only kinds and numbers of refused files are told.
+    tally = Counter((code, detail) for _, code, detail in found.refused)
+    return cases, [Refusal(f"{count} DICOM file(s)", code, detail) for (code, detail), count in sorted(tally.items())]
 
 
-def _series_opener(load: Callable[[], object]) -> Callable[[], list[Channel]]:
-    return lambda: [from_volume(load())]  # type: ignore[arg-type]
+def _series_opener(series: SeriesFound) -> Callable[[], list[Channel]]:
+    return lambda: [from_volume(series.load())]
 
 
 def _volume_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medssl.archive.formats import nifti
 from medssl.archive.sniff import sniff
 from medssl.archive.volume import Volume
 from medssl.errors import InputRefused
@@ -18,16 +19,22 @@ from medssl.inference.grid import Grid
 from medssl.inference.workspace import MEBIBYTE, Workspace
 
 Array = npt.NDArray[Any]
-DEFLATE_LIMIT = 1032  # what deflate can at most grow by
 READ_BYTES = 64 * MEBIBYTE
 
 
 @dataclass(frozen=True)
 class Channel:
-    """One volume that can be read: its grid, and a function that fills an array given in the stored axes."""
+    """One volume that can be read.
+
+    Args:
+        grid: Its grid.
+        fill: Fills an array given in the stored axes (x, y, z).
+        flags: Codes of what is worth knowing of it.
+    """
 
     grid: Grid
     fill: Callable[[Array], None]
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def open_file(path: Path) -> Channel:
         raise InputRefused("not_an_image", "a single DICOM file among volumes: give its series' folder as --input")
     from medssl.archive.load import read_volume
 
-    return from_volume(read_volume(path))
+    return from_volume(read_volume(path))  # in a process with limits
 
 
 def from_volume(volume: Volume) -> Channel:
@@ -82,7 +89,8 @@ def from_volume(volume: Volume) -> Channel:
     def fill(target: Array) -> None:
         target[...] = voxels
 
-    return Channel(Grid(shape, np.asarray(volume.affine, np.float64), shape), fill)
+    flags = volume.flags if volume.geometry == "regular" else (*volume.flags, volume.geometry)
+    return Channel(Grid(shape, np.asarray(volume.affine, np.float64), shape), fill, flags)
 
 
 def read_image(channels: Sequence[Channel], reorient: bool, workspace: Workspace) -> Image:
@@ -96,11 +104,11 @@ def read_image(channels: Sequence[Channel], reorient: bool, workspace: Workspace
         channel.grid.check()
         if channel.grid.shape != grid.shape or not np.allclose(channel.grid.affine, grid.affine, atol=1e-3):
             raise InputRefused(
-                "channel_grid_differs",
+                "channels_differ",
                 f"channel {number}: {channel.grid.shape} voxels, channel 0: {grid.shape}, or their positions differ",
             )
     array = workspace.empty((len(channels), *grid.reader_shape(reorient)), np.float32)
-    flags: set[str] = set()
+    flags = {flag for channel in channels for flag in channel.flags}
     for target, channel in zip(array, channels, strict=True):
         channel.fill(grid.stored_view(target, reorient))
         if _replace_not_finite(target):
@@ -112,9 +120,14 @@ def _open_nifti(path: Path) -> Channel:
     import nibabel
     from nibabel.spatialimages import HeaderDataError
 
+    # Header against file and limits, before anything is allocated.
+    layout = nifti.check(path)
+    if layout.shape[0] != 1:
+        raise InputRefused("dimensions_unsupported", f"{layout.shape[0]} frames or colours where one value is needed")
+    usable, flags = nifti.read_affine(path)
     try:
         image: Any = nibabel.load(path, keep_file_open=True)
-        shape, dtype = tuple(int(side) for side in image.shape), image.get_data_dtype()
+        shape = tuple(int(side) for side in image.shape)
         affine = np.asarray(image.affine, np.float64)
         zooms = tuple(float(side) for side in image.header.get_zooms()[:3])
     except (
@@ -126,30 +139,15 @@ def _open_nifti(path: Path) -> Channel:
         zlib.error,
     ) as error:
         raise InputRefused("header_invalid", _first_line(error)) from error
-    if not 2 <= len(shape) <= 4 or (len(shape) == 4 and shape[3] != 1) or 0 in shape:
-        raise InputRefused("dimensions_unsupported", f"shape {shape}; one volume of three dimensions is needed")
-    if dtype.kind not in "iuf":
-        raise InputRefused("dtype_unsupported", str(dtype))
-    _check_size(path, shape, dtype)
+    if "qform_used" in flags:
+        affine = usable
     solid = (*shape, 1)[:3]
     grid = Grid((solid[0], solid[1], solid[2]), affine, shape, (*zooms, 1.0)[:3])  # type: ignore[arg-type]
 
     def fill(target: Array) -> None:
         _fill_from_nifti(image, target)
 
-    return Channel(grid, fill)
-
-
-def _check_size(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """Compare what the header asks for with what the file can hold, before anything is allocated."""
-    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    held = path.stat().st_size
-    with path.open("rb") as handle:
-        packed = handle.read(2) == b"\x1f\x8b"
-    if packed and wanted > held * DEFLATE_LIMIT:
-        raise InputRefused("truncated", f"the header asks for {wanted} bytes; {held} packed bytes cannot hold them")
-    if not packed and path.suffix != ".hdr" and wanted > held:
-        raise InputRefused("truncated", f"the header asks for {wanted} bytes; the file has {held}")
+    return Channel(grid, fill, tuple(flags))
 
 
 def _fill_from_nifti(image: Any, target: Array) -> None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from medssl.errors import DataError, MedsslError
+from medssl.errors import InputRefused, MedsslError
 from medssl.inference.model import SegmentationModel, precision
 from medssl.inference.workspace import Workspace
 
@@ -107,9 +107,8 @@ class SlidingWindow:
         for sums in logits:
             mean = torch.div(sums[:, :done], weights[:done])
             if not torch.isfinite(mean).all():
-                raise DataError(
-                    "the network's output is not finite, or passes the range of float16 in which nnU-Net sums "
-                    "overlapping tiles: check this volume's intensities, and whether training diverged"
+                raise InputRefused(
+                    "output_not_finite", "a logit is not finite, or beyond float16 in which nnU-Net sums its tiles"
                 )
             total = mean.cpu() if total is None else total.add_(mean.cpu())
         assert total is not None

@@ -54,6 +54,16 @@ def check(path: Path) -> Layout:
     return _read_header(path).layout
 
 
+def read_affine(path: Path, geometry: Geometry = "strict") -> tuple[NDArray[np.float64], list[str]]:
+    """Return the affine in mm and what is worth knowing of it, without reading voxels.
+
+    Raises:
+        InputRefused: If the header gives no usable one.
+    """
+    header = _read_header(path)
+    return _affine(header.fields, header.layout.shape, geometry)
+
+
 def load(path: Path, geometry: Geometry = "strict") -> Volume:
     """Read the image.
 
