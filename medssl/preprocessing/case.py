@@ -15,7 +15,7 @@ from medssl.errors import InputRefused
 from medssl.preprocessing.content import Box, content_box, outside_value
 from medssl.preprocessing.normalise import Normalisation, fit, scheme_of
 from medssl.preprocessing.orient import canonical
-from medssl.preprocessing.resample import coarse_axis, resample_image, resample_label, resampled_shape
+from medssl.preprocessing.resample import classes_of, coarse_axis, resample_image, resample_label, resampled_shape
 from medssl.preprocessing.store_files import MAX_FOREGROUND
 from medssl.preprocessing.tissue import sample_above, tissue_threshold
 
@@ -146,8 +146,8 @@ def check_label(volume: Volume, label: Volume, known: Sequence[int] | None) -> V
     apart = float(np.linalg.norm(corners @ (volume.affine - label.affine).T, axis=1).max())
     if apart > _GRID_TOLERANCE * min(volume.spacing_mm):
         raise InputRefused("label_grid_differs", f"corners of image and label lie {apart:.3g} mm apart")
-    values = np.unique(label.array)
-    if not (values == np.round(values)).all() or values.min() < -(2**15) or values.max() >= 2**15:
+    values = classes_of(label.array)
+    if any(value != np.round(value) or not -(2**15) <= value < 2**15 for value in values):
         raise InputRefused("label_values_unknown", "the label has values that are no whole numbers of 16 bits")
     unknown = [] if known is None else sorted({int(value) for value in values} - set(known))
     if unknown:

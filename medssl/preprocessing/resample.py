@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ _PADDED = 12
 _BAND_ROWS = 64
 #: Weights left out of a band; together they change a value by less than float32's rounding.
 _NEGLIGIBLE = 1e-8
+#: Shares of classes that differ by less are equal: rounding must not decide a tie.
+_TIE = 1e-6
 
 
 def resampled_shape(
@@ -74,9 +77,10 @@ def resample_image(
 def resample_label(
     label: NDArray[np.int16], shape: Sequence[int], *, separate_axis: int | None = None
 ) -> NDArray[np.int16]:
-    """Resample classes: each class linearly as a mask, taken where it covers half (nnU-Net's way).
+    """Resample classes: each is interpolated linearly as a mask, and the one with the largest share wins.
 
-    A class with a higher number wins where two cover exactly half; only the box around a class is computed.
+    As in nnU-Net: of equal shares the nearest old voxel's class is taken if it is among them, else the smallest. Only
+    the box around each class is computed; what the classes leave over is the background's share.
 
     Args:
         label: Shape: (Z, Y, X).
@@ -87,22 +91,63 @@ def resample_label(
     if label.shape == shape:
         return label
     out = np.zeros(shape, dtype=label.dtype)
-    for value in np.unique(label):
-        if value == 0:
-            continue
+    classes = classes_of(label)
+    if not classes:
+        return out
+    whole = _reach(label != 0, shape)
+    nearest = label[
+        np.ix_(*(_nearest(old, new)[part] for old, new, part in zip(label.shape, shape, whole, strict=True)))
+    ]
+    winner = out[whole]
+    best, total, share_of_nearest = (np.zeros(winner.shape, dtype=np.float32) for _ in range(3))
+    for value in classes:
         mask = label == value
-        source, target = zip(*(_reach(mask, shape, axis) for axis in range(3)), strict=True)
-        soft = mask[source].astype(np.float32)
-        for axis in range(3):
-            positions = _positions(label.shape[axis], shape[axis])[target[axis]] - source[axis].start
-            if axis == separate_axis:
-                nearest = np.clip(np.floor(positions + 0.5).astype(np.int64), 0, soft.shape[axis] - 1)
-                soft = np.take(soft, nearest, axis=axis)
-            elif label.shape[axis] != shape[axis]:
-                soft = _linear(soft, positions, axis)
-        # Rounding must not decide a tie: an exact half belongs to the class.
-        out[target][soft >= 0.5 - 1e-6] = value
+        target = _reach(mask, shape)
+        share = _share(mask, shape, target, separate_axis)
+        here = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(target, whole, strict=True))
+        winner[here][share > best[here] + _TIE] = value
+        np.maximum(best[here], share, out=best[here])
+        total[here] += share
+        is_nearest = nearest[here] == value
+        share_of_nearest[here][is_nearest] = share[is_nearest]
+    background = 1 - total
+    winner[background >= best - _TIE] = 0
+    share_of_nearest[nearest == 0] = background[nearest == 0]
+    tied = share_of_nearest >= np.maximum(best, background) - _TIE
+    winner[tied] = nearest[tied]
     return out
+
+
+def _share(
+    mask: NDArray[np.bool_], shape: Sequence[int], target: tuple[slice, ...], separate_axis: int | None
+) -> NDArray[np.float32]:
+    """Return which share of each new voxel of a box a mask has, by linear interpolation."""
+    source, weights = [], []
+    for axis, part in enumerate(target):
+        if mask.shape[axis] == shape[axis]:
+            source.append(part)
+            weights.append(np.empty(0))
+            continue
+        positions = _positions(mask.shape[axis], shape[axis])[part].clip(0, mask.shape[axis] - 1)
+        # The two neighbours of every new voxel of the box must be read as they are.
+        start, stop = int(positions[0]), min(int(positions[-1]) + 2, mask.shape[axis])
+        source.append(slice(start, stop))
+        weights.append(positions - start)
+    share = mask[tuple(source)].astype(np.float32)
+    for axis, positions in enumerate(weights):
+        if mask.shape[axis] == shape[axis]:
+            continue
+        if axis == separate_axis:
+            index = _nearest(mask.shape[axis], shape[axis])[target[axis]] - source[axis].start
+            share = np.take(share, index, axis=axis)
+        else:
+            share = _linear(share, positions, axis)
+    return share
+
+
+def classes_of(label: NDArray[Any]) -> list[Any]:
+    """Return the values of a label except 0, ascending; the background, most of it, is not sorted."""
+    return list(np.unique(label[label != 0]))
 
 
 def _resample_channel(
@@ -119,9 +164,7 @@ def _resample_channel(
     if axes:
         np.clip(result, low, high, out=result)
     if separate_axis is not None and channel.shape[separate_axis] != shape[separate_axis]:
-        positions = _positions(channel.shape[separate_axis], shape[separate_axis])
-        nearest = np.clip(np.floor(positions + 0.5).astype(np.int64), 0, channel.shape[separate_axis] - 1)
-        result = np.take(result, nearest, axis=separate_axis)
+        result = np.take(result, _nearest(channel.shape[separate_axis], shape[separate_axis]), axis=separate_axis)
     return result
 
 
@@ -194,16 +237,18 @@ def _linear(volume: NDArray[np.float32], positions: NDArray[np.float64], axis: i
     return below + weight * (above - below)
 
 
-def _reach(mask: NDArray[np.bool_], shape: Sequence[int], axis: int) -> tuple[slice, slice]:
-    """Return the old and new indices of an axis between which a mask can matter, with a voxel around it."""
-    others = tuple(other for other in range(3) if other != axis)
-    used = np.flatnonzero(mask.any(axis=others))
-    size = mask.shape[axis]
-    start, stop = max(0, int(used[0]) - 1), min(size, int(used[-1]) + 2)
-    ratio = shape[axis] / size
-    first = max(0, int(np.floor(start * ratio)) - 1)
-    last = min(shape[axis], int(np.ceil(stop * ratio)) + 1)
-    # The new voxels reach beyond the box; their neighbours there must be read as they are.
-    low = max(0, int(np.floor(first / ratio)) - 1)
-    high = min(size, int(np.ceil(last / ratio)) + 1)
-    return slice(low, high), slice(first, last)
+def _nearest(old: int, new: int) -> NDArray[np.int64]:
+    """Return the old voxel that is nearest to each new one; of two equally near ones the later."""
+    return np.clip(np.floor(_positions(old, new) + 0.5).astype(np.int64), 0, old - 1)
+
+
+def _reach(mask: NDArray[np.bool_], shape: Sequence[int]) -> tuple[slice, slice, slice]:
+    """Return the box of new voxels to which a mask can contribute."""
+    box = []
+    for axis in range(3):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        ratio = shape[axis] / mask.shape[axis]
+        start = max(0, int(np.floor((used[0] - 0.5) * ratio - 0.5)))
+        stop = min(shape[axis], int(np.ceil((used[-1] + 1.5) * ratio + 0.5)))
+        box.append(slice(start, stop))
+    return box[0], box[1], box[2]

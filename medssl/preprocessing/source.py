@@ -106,9 +106,10 @@ def load(job: Job) -> tuple[Volume, Volume | None]:
         InputRefused: With the reason's code.
     """
     if job.index:
-        from medssl.archive.load import load_volume
+        from medssl.archive.tasks import load_planned
 
-        return load_volume(_open_index(job.index), job.volume_id), None
+        # Decoded in this process, which is itself one with limits.
+        return load_planned(_open_index(job.index).task(job.volume_id)), None
     channels = [_read(Path(image)) for image in job.images]
     volume = channels[0] if len(channels) == 1 else _stack(channels)
     if not job.label:

@@ -38,19 +38,20 @@ def process(task: Task) -> str:
     Raises:
         InputRefused: If the volume cannot be used.
     """
-    volume, label = load(task.job)
-    prepared = prepare(volume, task.plan, name=task.job.volume_id, modalities=task.job.modalities, label=label)
-    facts = {**prepared.facts, "patient_key": task.job.patient_key, "split": task.job.split}
     try:
-        write_volume(Path(task.out), task.job.volume_id, prepared.array, facts, prepared.label)
+        volume, label = load(task.job)
+        prepared = prepare(volume, task.plan, name=task.job.volume_id, modalities=task.job.modalities, label=label)
+        facts = {**prepared.facts, "patient_key": task.job.patient_key, "split": task.job.split}
+        try:
+            write_volume(Path(task.out), task.job.volume_id, prepared.array, facts, prepared.label)
+        except OSError as error:
+            return (
+                f"{task.out} cannot be written: {error.strerror}. Check permissions and disk, then run with --resume."
+            )
     except InputRefused:
         raise
     except MedsslError as error:
         return str(error)
-    except OSError as error:
-        return (
-            f"{task.out} cannot be written: {error.strerror}. Check permissions and the disk, then run with --resume."
-        )
     return ""
 
 
