@@ -13,10 +13,13 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import UID
 
 from medssl.archive.dicom import tags as t
 from medssl.archive.dicom.model import DicomHeader
 from medssl.archive.dicom.reading import NATIVE, open_pixels, quiet
+from medssl.archive.dicom.tags import Tags
 from medssl.errors import InputRefused
 
 _JPEG = "1.2.840.10008.1.2.4."
@@ -49,8 +52,8 @@ _PIXEL_TAGS = sorted(
         t.FLOAT_PIXELS,
         t.DOUBLE_PIXELS,
         t.PIXEL_DATA,
-        0x7FE00001,
-        0x7FE00002,
+        t.OFFSETS,
+        t.OFFSET_LENGTHS,
         *_LOOKUP,
     }
 )
@@ -89,35 +92,18 @@ class StoredFrames:
         Raises:
             InputRefused: If a frame cannot be decoded.
         """
-        from pydicom.dataset import FileMetaDataset
         from pydicom.pixels import get_decoder
-        from pydicom.uid import UID
 
         if self.header.bits_allocated == 64 or t.FLOAT_PIXELS in self.dataset:
             yield from self._float_frames()
             return
-        dataset = self.dataset
-        dataset.file_meta = FileMetaDataset()
-        dataset.file_meta.TransferSyntaxUID = UID(self.syntax)
-        # Attributes that a file may lack although their value follows from the others.
-        for keyword, value in (
-            ("SamplesPerPixel", self.header.samples),
-            ("PhotometricInterpretation", self.header.photometric),
-            ("BitsStored", self.header.bits_stored),
-            ("HighBit", self.header.high_bit),
-            ("PixelRepresentation", int(self.header.signed)),
-        ):
-            if getattr(dataset, keyword, None) in (None, ""):
-                setattr(dataset, keyword, value)
-        if self.header.samples > 1 and getattr(dataset, "PlanarConfiguration", None) is None:
-            dataset.PlanarConfiguration = 0
         colour = self.header.samples == 3
         count = 0
         try:
             with quiet():
                 decoder = get_decoder(UID(self.syntax))
-                images = decoder.iter_array(dataset, raw=not colour, decoding_plugin=_plugin(self.syntax, decoder))
-                for image, _ in images:
+                plugin = _plugin(self.syntax, decoder)
+                for image, _ in decoder.iter_array(self._clean(), raw=not colour, decoding_plugin=plugin):
                     yield self._as_colour(image) if self.header.colour else self._unused_bits(image)
                     count += 1
                     if count == self.header.frame_count:
@@ -128,6 +114,31 @@ class StoredFrames:
             raise InputRefused("decode_failed", f"frame {count}: {type(error).__name__}") from None
         if count < (1 if self.header.tiles else self.header.frame_count):
             raise InputRefused("decode_failed", f"{count} of {self.header.frame_count} frames")
+
+    def _clean(self) -> Dataset:
+        """Return the pixels with attributes as the header was understood: damaged or absent ones cannot mislead."""
+        header, source = self.header, Tags(self.dataset)
+        side = max(header.tiles, 1)
+        result = Dataset()
+        result.file_meta = FileMetaDataset()
+        result.file_meta.TransferSyntaxUID = UID(self.syntax)
+        result.Rows, result.Columns = header.rows * side, header.columns * side
+        result.SamplesPerPixel, result.PhotometricInterpretation = header.samples, header.photometric
+        result.BitsAllocated, result.BitsStored, result.HighBit = (
+            header.bits_allocated,
+            header.bits_stored,
+            header.high_bit,
+        )
+        result.PixelRepresentation, result.NumberOfFrames = int(header.signed), header.frame_count
+        if header.samples > 1:
+            result.PlanarConfiguration = 1 if source.integer(t.PLANAR) == 1 else 0
+        for tag, vr in ((t.OFFSETS, "OV"), (t.OFFSET_LENGTHS, "OV"), (t.PIXEL_DATA, "OW")):
+            if tag in self.dataset:
+                element = self.dataset.get_item(tag)
+                value = element.value if element is not None else b""
+                told = element.VR if element is not None and element.VR in ("OB", "OW", "OV") else vr
+                result.add_new(tag, told, value)
+        return result
 
     def modality_table(self, image: NDArray[np.generic]) -> NDArray[np.generic] | None:
         """Return stored numbers mapped by the file's modality lookup table, None if it has none."""

@@ -25,6 +25,8 @@ from medssl.errors import InputRefused
 
 #: Decoded bytes that one file may ask for.
 MAX_FILE_BYTES = 8 * 2**30
+#: Pixels of one plane; the largest radiographs have some 50 million.
+MAX_PLANE_PIXELS = 2**28
 #: PackBits cannot shrink below 2 bytes for 128.
 _RLE = "1.2.840.10008.1.2.5"
 _RLE_RATIO = 64
@@ -146,7 +148,7 @@ def _pixels(header: Tags, opened: Opened) -> dict[str, object]:
     if photometric == "YBR_FULL_422" and opened.transfer_syntax in NATIVE:
         bits = bits * 2 // 3
     expected = math.ceil(bits / 8)
-    if expected > MAX_FILE_BYTES:
+    if expected > MAX_FILE_BYTES or rows * columns > MAX_PLANE_PIXELS:
         raise InputRefused("too_large", f"{frames} x {rows} x {columns} pixels need {expected} bytes")
     _check_length(opened, expected)
     flags = set()

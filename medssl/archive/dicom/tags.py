@@ -120,7 +120,8 @@ GE_CREATOR, GE_B = 0x00430010, 0x00431039
 GE_ACQUISITION_GRADIENT = (0x001910BB, 0x001910BC, 0x001910BD)
 PHILIPS_CREATOR, PHILIPS_B = 0x20010010, 0x20011003
 
-PIXEL_DATA, FLOAT_PIXELS, DOUBLE_PIXELS = 0x7FE00010, 0x7FE00008, 0x7FE00009
+OFFSETS, OFFSET_LENGTHS = 0x7FE00001, 0x7FE00002
+FLOAT_PIXELS, DOUBLE_PIXELS, PIXEL_DATA = 0x7FE00008, 0x7FE00009, 0x7FE00010
 
 _BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d", "AT": "H"}
 
@@ -231,5 +232,5 @@ def top_level() -> Iterator[int]:
         if not name.isupper() or name.startswith("_"):
             continue
         for tag in value if isinstance(value, tuple) else (value,):
-            if isinstance(tag, int) and tag < PIXEL_DATA - 8:
+            if isinstance(tag, int) and tag < OFFSETS:
                 yield tag

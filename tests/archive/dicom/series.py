@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.filewriter import dcmwrite
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import UID, ExplicitVRLittleEndian, generate_uid
 
@@ -244,7 +245,7 @@ def write(folder: Path, datasets: Iterable[FileDataset], *, name: str = "{:03d}"
         path = folder / name.format(number)
         dataset.file_meta.MediaStorageSOPClassUID = dataset.get("SOPClassUID") or UID("1.2")
         dataset.file_meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID") or UID("1.2.3")
-        dataset.save_as(path, enforce_file_format=True)
+        dcmwrite(path, dataset, enforce_file_format=True)
         if not preamble:
             content = path.read_bytes()
             path.write_bytes(content[content.index(b"\x08\x00\x08\x00CS") :])
