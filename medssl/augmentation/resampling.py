@@ -131,16 +131,16 @@ def _resample_row(source: Tensor, matrix: Tensor, target: Tensor, offset: Tensor
         index = lower.reshape(-1)
         index = index.int() if index_dtype == torch.float32 else index
         for channel in range(len(source)):
-            target[channel, part] = _mixed(flat[channel], index, weights, steps).reshape(target[channel, part].shape)
+            _mix(flat[channel], index, weights, steps, target[channel, part].reshape(-1))
 
 
-def _mixed(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequence[int]) -> Tensor:
-    """Return the linear mixture of the neighbours of each index along each of the axes."""
+def _mix(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequence[int], out: Tensor) -> Tensor:
+    """Write the linear mixture of the neighbours of each index along each of the axes to `out`, and return it."""
     if not weights:
-        return values.index_select(0, index)
-    below = _mixed(values, index, weights[1:], steps[1:])
-    above = _mixed(values[steps[0] :], index, weights[1:], steps[1:])
-    return torch.lerp(below, above, weights[0], out=below)
+        return torch.index_select(values, 0, index, out=out)
+    below = _mix(values, index, weights[1:], steps[1:], out)
+    above = _mix(values[steps[0] :], index, weights[1:], steps[1:], torch.empty_like(out))
+    return torch.lerp(below, above, weights[0], out=out)
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

@@ -221,24 +221,29 @@ class Spatial:
 
         rows = resampled.nonzero()[:, 0]
         if len(rows):
+            everyone = len(rows) == len(batch)
             index = to_device(rows, device)
             in_voxels = None
             if elastic is not None:
                 spacing = to_device(batch.spacing_mm[rows], device).reshape(-1, 3, 1, 1, 1)
                 in_voxels = elastic.index_select(0, index) / spacing
-            moved = self._resampled(source.index_select(0, index), matrix[rows], in_voxels, flat)
+            moved = self._resampled(
+                source if everyone else source.index_select(0, index), matrix[rows], in_voxels, flat
+            )
             moved_label = None
             if source_label is not None:
-                moved_label = self._resampled_label(source_label.index_select(0, index), matrix[rows], in_voxels, flat)
+                moved_label = self._resampled_label(
+                    source_label if everyone else source_label.index_select(0, index), matrix[rows], in_voxels, flat
+                )
             bent = parameters["elastic_strength"][rows] > 0
             if not bool((wholly_inside(matrix[rows], batch.valid[rows], patch) & ~bent).all()):
                 seen = positions_inside(matrix[rows], batch.valid[rows], patch, in_voxels, device)
                 moved = torch.where(seen, moved, broadcast(batch.background[rows], moved))
                 moved_label = None if moved_label is None else moved_label * seen
                 inside.index_copy_(0, index, seen)
-            image.index_copy_(0, index, moved)
+            image = moved if everyone else image.index_copy_(0, index, moved)
             if label is not None and moved_label is not None:
-                label.index_copy_(0, index, moved_label)
+                label = moved_label if everyone else label.index_copy_(0, index, moved_label)
 
         to_mm = matrix * batch.spacing_mm.double()[:, :, None]
         to_mm[:, :, 3] += batch.origin_mm.double()
