@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medssl.augmentation.resampling import positions, slabs
+from medssl.augmentation.resampling import blocks, positions
 from medssl.augmentation.transform import Parameters, broadcast, to_device
 
 
@@ -106,14 +106,15 @@ def positions_inside(
     low, high = (limit.float() for limit in _limits(valid))
     if device.type == "cpu":
         result = torch.empty((len(matrix), *patch), dtype=torch.bool)
-        for row, part in itertools.product(range(len(matrix)), slabs(patch)):
-            within = torch.ones(result[row, part].shape, dtype=torch.bool)
+        for rows, part in blocks(len(matrix), patch):
+            within = torch.ones(result[rows, part].shape, dtype=torch.bool)
             for axis in range(3):
-                position = positions(matrix[row, axis].float(), patch, part)
+                position = positions(matrix[rows, axis].float(), patch, part)
                 if offset is not None:
-                    position = position + offset[row, axis, part]
-                within &= (position >= low[row, axis]) & (position <= high[row, axis])
-            result[row, part] = within
+                    position = position + offset[rows, axis, part]
+                within &= position >= low[rows, axis].reshape(-1, 1, 1, 1)
+                within &= position <= high[rows, axis].reshape(-1, 1, 1, 1)
+            result[rows, part] = within
         return result[:, None]
     m = to_device(matrix, device, torch.float32).reshape(-1, 3, 4, 1, 1, 1)
     low, high = (to_device(limit, device).reshape(-1, 3, 1, 1, 1) for limit in (low, high))

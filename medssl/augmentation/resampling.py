@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Output voxels per slab on the CPU: some twenty temporaries of this size fit into a core's share of the cache.
-VOXELS_AT_ONCE = 1 << 16
-# Whole numbers up to here are exact in float32, which is faster to compute an index in than int32.
+# Output voxels that are made at once on the CPU: the dozen temporaries of this size stay in the cache.
+VOXELS_AT_ONCE = 1 << 17
+# Whole numbers up to here are exact in float32, which is faster to compute an index in than integers.
 EXACT_IN_FLOAT32 = 1 << 24
 
 
@@ -37,8 +37,9 @@ def resample(
     """
     if image.device.type == "cpu":
         result = image.new_empty((*image.shape[:2], *size))
-        for row, (source, target) in enumerate(zip(image, result, strict=True)):
-            _resample_row(source, matrix[row].float(), target, None if offset is None else offset[row], mode)
+        for rows, part in blocks(len(image), size):
+            moved = None if offset is None else offset[rows, :, part]
+            _resample_block(image[rows], matrix[rows].float(), result[rows], part, moved, mode)
         return result
     theta = _moved(normalised_theta(matrix.double(), image.shape[2:], size).float(), image.device)
     grid = F.affine_grid(theta, [len(theta), 1, *size], align_corners=False)
@@ -71,67 +72,91 @@ def normalised_theta(matrix: Tensor, size_in: Sequence[int], size_out: Sequence[
     return torch.cat([linear.flip(1, 2), shift.flip(1)[:, :, None]], dim=2)
 
 
-def slabs(size: Sequence[int]) -> list[slice]:
-    """Return ranges of the first axis that hold about `VOXELS_AT_ONCE` voxels each."""
-    thickness = max(1, VOXELS_AT_ONCE // max(1, math.prod(size[1:])))
-    return [slice(start, min(start + thickness, size[0])) for start in range(0, size[0], thickness)]
+def blocks(count: int, size: Sequence[int]) -> list[tuple[slice, slice]]:
+    """Divide the output of `count` samples into blocks of about `VOXELS_AT_ONCE`: small samples, or a slab of one.
+
+    Returns:
+        Samples, and range of the first spatial axis.
+    """
+    plane = max(1, math.prod(size[1:]))
+    samples = max(1, VOXELS_AT_ONCE // (plane * size[0]))
+    thickness = size[0] if samples > 1 else max(1, VOXELS_AT_ONCE // plane)
+    return [
+        (slice(row, min(row + samples, count)), slice(start, min(start + thickness, size[0])))
+        for row in range(0, count, samples)
+        for start in range(0, size[0], thickness)
+    ]
 
 
 def positions(row: Tensor, size: Sequence[int], part: slice) -> Tensor:
-    """Return one coordinate of the mapped position of each voxel of a slab.
+    """Return one coordinate of the mapped position of each voxel of a block.
 
     Args:
-        row: One row of a map. Shape: (D + 1,), float32.
+        row: The coordinate's row of each sample's map. Shape: (n, D + 1), float32.
         size: Spatial size of the output.
-        part: Slab along the first axis.
+        part: Range of the first spatial axis.
 
     Returns:
-        Shape: (slab, *size[1:]), float32.
+        Shape: (n, slab, *size[1:]), float32.
     """
     first = torch.arange(part.start, part.stop, dtype=torch.float32)
     axes = [first, *(torch.arange(edge, dtype=torch.float32) for edge in size[1:])]
     count = len(axes)
-    # The small axes are summed first, so that only one addition is as large as the slab.
-    result = row[count]
+    # The small axes are summed first, so that only one addition is as large as the block.
+    result = row[:, count].reshape(-1, *([1] * count))
     for number, axis in enumerate(axes):
-        result = result + (row[number] * axis).reshape([-1 if number == a else 1 for a in range(count)])
+        along = [1] * count
+        along[number] = -1
+        result = result + (row[:, number, None] * axis).reshape(len(row), *along)
     return result
 
 
-def _resample_row(source: Tensor, matrix: Tensor, target: Tensor, offset: Tensor | None, mode: str) -> None:
-    """Resample one sample. Source (C, *size_in), map (D, D + 1), target (C, *size) to be filled, offset (D, *size)."""
-    size_in, size = source.shape[1:], target.shape[1:]
-    strides = [math.prod(size_in[axis + 1 :]) for axis in range(len(size))]
-    flat = source.reshape(len(source), -1)
-    index_dtype = (
-        torch.float32 if flat.shape[1] < EXACT_IN_FLOAT32 else torch.int32 if flat.shape[1] < 2**31 else torch.int64
-    )
-    for part in slabs(size):
-        lower: Tensor | None = None
-        weights: list[Tensor] = []
-        steps: list[int] = []
-        for axis, (edge, stride) in enumerate(zip(size_in, strides, strict=True)):
-            position = positions(matrix[axis], size, part)
-            if offset is not None:
-                position = position + offset[axis, part]
-            position.clamp_(0, edge - 1)
-            if mode == "nearest":
-                position.round_()
-                voxel = position
-            elif edge > 1:
-                voxel = position.floor().clamp_(max=edge - 2)
-                weights.append(position.sub_(voxel).reshape(-1).to(source.dtype))
-                steps.append(stride)
-            else:
-                continue
-            contribution = voxel.to(index_dtype).mul_(stride)
-            lower = contribution if lower is None else lower.add_(contribution)
-        if lower is None:
-            lower = torch.zeros(target[0, part].shape)
-        index = lower.reshape(-1)
-        index = index.int() if index_dtype == torch.float32 else index
-        for channel in range(len(source)):
-            _mix(flat[channel], index, weights, steps, target[channel, part].reshape(-1))
+def _resample_block(
+    source: Tensor, matrix: Tensor, target: Tensor, part: slice, offset: Tensor | None, mode: str
+) -> None:
+    """Fill a range of the first axis of some samples.
+
+    Args:
+        source: Shape: (n, C, *size_in).
+        matrix: Shape: (n, D, D + 1), float32.
+        target: To be filled. Shape: (n, C, *size).
+        part: Range of the first spatial axis.
+        offset: Of that range. Shape: (n, D, slab, *size[1:]), or None.
+        mode: `bilinear` or `nearest`.
+    """
+    size_in, size = source.shape[2:], target.shape[2:]
+    voxels = math.prod(size_in)
+    exact = len(source) * voxels < EXACT_IN_FLOAT32
+    index_dtype = torch.float32 if exact else torch.int64
+    first = torch.arange(len(source), dtype=index_dtype).mul_(voxels).reshape(-1, *([1] * len(size)))
+    shape = (len(source), part.stop - part.start, *size[1:])
+    lower = first.expand(shape).clone()
+    weights: list[Tensor] = []
+    steps: list[int] = []
+    for axis, edge in enumerate(size_in):
+        stride = math.prod(size_in[axis + 1 :])
+        position = positions(matrix[:, axis], size, part)
+        if offset is not None:
+            position = position + offset[:, axis]
+        position.clamp_(0, edge - 1)
+        if mode == "nearest":
+            voxel = position.round_()
+        elif edge > 1:
+            voxel = position.floor().clamp_(max=edge - 2)
+            weights.append(position.sub_(voxel).reshape(-1).to(source.dtype))
+            steps.append(stride)
+        else:
+            continue
+        lower.add_(voxel.to(index_dtype), alpha=stride)
+    index = lower.reshape(-1)
+    index = index.int() if exact else index
+    for channel in range(source.shape[1]):
+        values = source[:, channel].reshape(-1)
+        if len(source) == 1:
+            _mix(values, index, weights, steps, target[0, channel, part].view(-1))
+        else:
+            mixed = _mix(values, index, weights, steps, target.new_empty(index.shape))
+            target[:, channel, part] = mixed.reshape(shape)
 
 
 def _mix(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequence[int], out: Tensor) -> Tensor:
