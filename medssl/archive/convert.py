@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from medssl.archive.index import Run, opened
-from medssl.archive.sandbox import VOLUME_LIMITS, Outcome, Pool, map_on_executor
+from medssl.archive.sandbox import VOLUME_LIMITS
 from medssl.archive.stages import Stages
 from medssl.archive.summary import IndexSummary
 from medssl.archive.tasks import VolumeTask, load_planned
@@ -64,7 +64,7 @@ def convert(
         stages = run.work(workers, executor, quiet)
         # Ids are final only after copies were found; what then cannot be written is settled once more.
         run.settle()
-        if _write_all(run, stages, executor, quiet):
+        if _write_all(run, stages, quiet):
             run.settle()
         _remove_stale(run)
         wanted = int(run.cache.one("SELECT COUNT(*) FROM volumes WHERE status = 'ok'"))
@@ -127,14 +127,14 @@ def to_nifti(volume: Volume) -> Any:
     return image
 
 
-def _write_all(run: Run, stages: Stages, executor: Executor | None, quiet: bool) -> bool:
+def _write_all(run: Run, stages: Stages, quiet: bool) -> bool:
     """Write what is not there yet; tell whether a volume was refused on the way."""
     execute = run.cache.connection.execute
     execute("CREATE TABLE IF NOT EXISTS converted (final_id TEXT PRIMARY KEY, fingerprint TEXT)")
     total = int(run.cache.one("SELECT COUNT(*) FROM volumes WHERE status = 'ok'"))
     refused = False
     with progress("Writing NIfTI", total, quiet=quiet) as advance:
-        for task, outcome in _map(_tasks(run, stages, advance), stages.workers, executor):
+        for task, outcome in stages.map(write_volume, _tasks(run, stages, advance), VOLUME_LIMITS):
             if outcome.value:
                 raise MedsslError(outcome.value)
             if outcome.code:
@@ -165,14 +165,6 @@ def _tasks(run: Run, stages: Stages, advance: Any) -> Iterator[WriteTask]:
             advance()
             continue
         yield WriteTask(task, str(target.resolve()))
-
-
-def _map(tasks: Iterator[WriteTask], workers: int, executor: Executor | None) -> Iterator[tuple[WriteTask, Outcome]]:
-    if executor is not None:
-        yield from map_on_executor(executor, write_volume, tasks, VOLUME_LIMITS, batch=1, in_flight=max(2, 2 * workers))
-        return
-    with Pool(workers, VOLUME_LIMITS) as pool:
-        yield from pool.map(write_volume, tasks)
 
 
 def _remove_stale(run: Run) -> None:

@@ -141,7 +141,12 @@ def opened(
             cache = Cache(cache_path(out), geometry)
             try:
                 _check_key(cache, pseudonyms, out)
-                yield Run(out, cache, enter_sources(out, found), pseudonyms, geometry)
+                run = Run(out, cache, enter_sources(out, found), pseudonyms, geometry)
+                try:
+                    yield run
+                finally:
+                    if run.stages is not None:
+                        run.stages.close()
             finally:
                 cache.close()
 

@@ -56,7 +56,18 @@ def make_private(index: Path) -> Path:
 
 def is_index(folder: Path) -> bool:
     """Tell whether a folder was written by `medssl index` or `medssl convert`."""
-    return (folder / "index.json").is_file() or cache_path(folder).is_file() or (folder / "private" / "key").is_file()
+    private = private_folder(folder)
+    if (folder / "index.json").is_file() or any(
+        (private / name).is_file() for name in ("README", "key", "cache.sqlite")
+    ):
+        return True
+    # Killed before the first file was whole: nothing is there but a private folder with temporary names.
+    return (
+        folder.is_dir()
+        and private.is_dir()
+        and [entry.name for entry in folder.iterdir()] == [private.name]
+        and all(entry.name.startswith(".") for entry in private.iterdir())
+    )
 
 
 def read_sources(index: Path) -> dict[int, KnownSource]:

@@ -45,12 +45,19 @@ class Stages:
     quiet: bool = False
     headers_read: int = field(default=0, init=False)
     volumes_decoded: int = field(default=0, init=False)
+    _pools: dict[Limits, Pool] = field(default_factory=dict, init=False)
+
+    def close(self) -> None:
+        """End the processes."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
 
     def read_headers(self) -> None:
         """Read the headers of new and changed files."""
         total = int(self.cache.one("SELECT COUNT(*) FROM files WHERE state = '' AND run = ?", (self.cache.run,)))
         with progress("Reading headers", total, quiet=self.quiet) as advance:
-            for task, outcome in self._map(read_file, self._files_to_read(), HEADER_LIMITS, _HEADERS_AT_ONCE):
+            for task, outcome in self.map(read_file, self._files_to_read(), HEADER_LIMITS, _HEADERS_AT_ONCE):
                 self._enter_header(task, outcome)
                 self.headers_read += 1
                 advance()
@@ -60,7 +67,7 @@ class Stages:
 
     def plan(self) -> None:
         """Make volumes of series, and of image files."""
-        for done, (task, outcome) in enumerate(self._map(_plan, self._series_to_plan(), VOLUME_LIMITS, 1), 1):
+        for done, (task, outcome) in enumerate(self.map(_plan, self._series_to_plan(), VOLUME_LIMITS, 1), 1):
             self._enter_plan(task, outcome)
             if done % _ROWS_PER_COMMIT == 0:
                 self.cache.commit()
@@ -74,7 +81,7 @@ class Stages:
         connection.execute(f"UPDATE volumes SET status = '' WHERE status = 'refused' AND code IN ({transient})")
         total = int(self.cache.one("SELECT COUNT(*) FROM volumes WHERE status = '' AND run = ?", (run,)))
         with progress("Decoding volumes", total, quiet=self.quiet) as advance:
-            for task, outcome in self._map(measure_volume, self._volumes_to_decode(), VOLUME_LIMITS, 1):
+            for task, outcome in self.map(measure_volume, self._volumes_to_decode(), VOLUME_LIMITS, 1):
                 values = (
                     ("refused", outcome.code, outcome.detail, "")
                     if outcome.code
@@ -105,16 +112,16 @@ class Stages:
             root = str(self.sources[source].source.root)
             yield VolumeTask(fingerprint, kind, root, plan, self.geometry, files)
 
-    def _map(
-        self, function: Callable[[Any], Any], items: Iterable[Any], limits: Limits, batch: int
+    def map(
+        self, function: Callable[[Any], Any], items: Iterable[Any], limits: Limits, batch: int = 1
     ) -> Iterator[tuple[Any, Outcome]]:
+        """Yield each item with what came of it, in processes with limits, here or where the executor is."""
         if self.executor is not None:
-            yield from map_on_executor(
-                self.executor, function, items, limits, batch=batch, in_flight=max(2, 2 * self.workers)
-            )
-            return
-        with Pool(self.workers, limits) as pool:
-            yield from pool.map(function, items, batch=batch)
+            flight = max(2, 2 * self.workers)
+            return map_on_executor(self.executor, function, items, limits, batch=batch, in_flight=flight)
+        if limits not in self._pools:
+            self._pools[limits] = Pool(self.workers, limits)
+        return self._pools[limits].map(function, items, batch=batch)
 
     def _files_to_read(self) -> Iterator[FileTask]:
         query = (

@@ -135,6 +135,7 @@ def test_nothing_but_refused_input_is_exit_code_4(tmp_path):
     assert open_index(tmp_path / "index").refused()["code"].to_list() == ["not_an_image"]
 
 
+@pytest.mark.slow
 def test_the_same_archive_gives_the_same_bytes(archive, tmp_path):
     spoil(archive)
     run(archive, tmp_path / "one")
@@ -239,6 +240,7 @@ def test_an_unreadable_file_is_read_once_it_may_be(archive, tmp_path):
     assert run(archive, tmp_path / "index", resume=True).refused == {}
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_the_same(archive, tmp_path):
     for number in range(30):
         write_nifti(archive / "more" / f"{number}.nii.gz", (30, 30, 30), seed=number)
@@ -411,6 +413,13 @@ def test_unusable_options_are_named(archive, tmp_path):
         run(archive, archive / "index")
 
 
+def test_a_run_that_was_killed_at_once_can_be_continued(archive, tmp_path):
+    private = tmp_path / "index" / "private"
+    private.mkdir(parents=True)
+    (private / ".temporary-README").touch()
+    assert run(archive, tmp_path / "index", resume=True).volumes == 5
+
+
 def test_a_second_writer_is_kept_off(archive, tmp_path):
     run(archive, tmp_path / "index")
     with locked(tmp_path / "index"), pytest.raises(UsageError, match="Another process"):
@@ -451,6 +460,7 @@ def test_a_full_disk_ends_with_a_remedy_and_nothing_half_written(tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_real_archive_loses_nothing(data_folder, tmp_path):
     source = data_folder / "dicom"
     if not source.is_dir():
