@@ -166,8 +166,8 @@ def _ct_plan(seed: int, patient: int, tree: str) -> SeriesPlan:
     # Site B: coarser, noisier, head to feet, a round field of view with padding, compressed.
     header = Header(seed, patient, 1, 3, "CT", "ABD/PELV +C", "BETA CT 16", encoding="rle", padding=-2000)
     directions = AXIAL * np.array([1.0, 1.0, -1.0])
-    where = grid((30, 72, 72), (8.0, 5.5, 5.5), directions, centre)
-    look = CtLook(noise_hu=22, blur_mm=2.4, breath_mm=breath, field_of_view_mm=395.0)
+    where = grid((30, 70, 70), (8.0, 5.5, 5.5), directions, centre)
+    look = CtLook(noise_hu=22, blur_mm=2.4, breath_mm=breath, field_of_view_mm=380.0)
     return SeriesPlan(header, where, look, tree, f"site_b/{header.accession[:2]}/{header.accession}")
 
 

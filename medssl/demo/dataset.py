@@ -41,12 +41,11 @@ class Case:
     file: str = ""
 
 
-def converted_cases(nifti: Path, trees: Sequence[str], truths: Sequence[Truth]) -> list[Case]:
+def converted_cases(nifti: Path, truths: Sequence[Truth]) -> list[Case]:
     """Find the CT volumes of known patients among what `medssl convert` wrote.
 
     Args:
         nifti: Output of `convert`.
-        trees: The trees it was given, in order.
         truths: What the phantom's hospital knows.
 
     Returns:
@@ -54,15 +53,16 @@ def converted_cases(nifti: Path, trees: Sequence[str], truths: Sequence[Truth]) 
     """
     from medssl.archive.load import open_index
 
-    known = {(truth.tree, file): truth for truth in truths if truth.modality == "CT" for file in truth.files}
+    # Folders of studies have names of their own, so a relative path tells the tree too.
+    known = {file: truth for truth in truths if truth.modality == "CT" for file in truth.files}
     cases = []
     for row in open_index(nifti).rows("modality = 'CT'").iter_rows(named=True):
-        tree, file = trees[row["source"]], row["relative_paths"][0]
-        truth = known.get((tree, file))
+        file = row["relative_paths"][0]
+        truth = known.get(file)
         if truth is None:
             continue
         image = nifti / f"{row['volume_id']}{ENDING}"
-        cases.append(Case(f"{tree}_{truth.patient:02d}", image, truth.patient, truth.breath_mm, tree, file))
+        cases.append(Case(f"{truth.tree}_{truth.patient:02d}", image, truth.patient, truth.breath_mm, truth.tree, file))
     return sorted(cases, key=lambda case: (case.tree, case.patient))
 
 

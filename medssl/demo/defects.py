@@ -99,8 +99,10 @@ def _localiser_in_series(header: Header, folder: Path) -> None:
 
 
 def _uneven_spacing(header: Header, folder: Path) -> None:
-    datasets = _scan(header, _small_grid(24))
-    _write(header, folder, datasets[:10] + datasets[10::3])
+    """Every third slice of a fine scan, then every fourth: 9 mm apart, then 12 mm."""
+    where = grid((45, 64, 64), (3.0, 6.2, 6.2), AXIAL, np.array([0.0, 0.0, -40.0]))
+    datasets = _scan(header, where)
+    _write(header, folder, datasets[0:21:3] + datasets[22::4])
 
 
 def _few_slices(header: Header, folder: Path) -> None:

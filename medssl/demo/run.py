@@ -58,8 +58,8 @@ class Budget:
 
     size: Size = HOSPITAL
     labelled: int = 4
-    spacing_mm: tuple[float, float, float] = (8.0, 6.0, 6.0)
-    patch_size: tuple[int, int, int] = (24, 48, 48)
+    spacing_mm: tuple[float, float, float] = (8.0, 7.0, 7.0)
+    patch_size: tuple[int, int, int] = (32, 56, 56)
     batch_size: int = 2
     pretrain_steps: int = 300
     finetune_steps: int = 150
@@ -125,6 +125,7 @@ class _Tour:
             # A phantom needs no secret; a fixed key makes each run of the demo the same. Without --key-file medssl
             # makes a secret one.
             write_text(self.key_file, "the key of the demo is no secret\n")
+            self.key_file.chmod(0o600)
             return write_archive(self.out / "hospital", seed=SEED, size=self.budget.size, quiet=self.quiet)
 
     def _index(self) -> dict[str, Any]:
@@ -140,8 +141,7 @@ class _Tour:
         from medssl.preprocessing.run import preprocess
 
         with self._step("Making a store of the accepted volumes: one orientation, one spacing, comparable intensities"):
-            spacing = ",".join(f"{edge:g}" for edge in self.budget.spacing_mm)
-            self._command("preprocess", "index", "--out", "store", "--spacing", spacing)
+            self._command("preprocess", "index", "--out", "store", "--spacing", self._spacing)
             preprocess(self.out / "index", self.out / "store", spacing=self.budget.spacing_mm, quiet=self.quiet)
 
     def _pretrain(self) -> None:
@@ -162,7 +162,7 @@ class _Tour:
             trees = [self.out / "hospital" / tree for tree in (ARCHIVE, NEW_PATIENTS)]
             self._command("convert", "hospital/archive", "hospital/new_patients", "--out", "nifti", *self._key())
             convert(trees, self.out / "nifti", key_file=self.key_file, quiet=self.quiet)
-            cases = converted_cases(self.out / "nifti", (ARCHIVE, NEW_PATIENTS), truths)
+            cases = converted_cases(self.out / "nifti", truths)
             self.training = choose_training(cases, self.budget.labelled)
             new = [case for case in cases if case.tree == NEW_PATIENTS]
             self.last, self.validation = new[-1], new[:-1]
@@ -175,16 +175,17 @@ class _Tour:
     def _finetune(self) -> None:
         from medssl.transfer.segmentation import finetune_segmentation
 
-        steps, val_every = self.budget.finetune_steps, max(self.budget.finetune_steps // 3, 1)
+        steps, val_every = self.budget.finetune_steps, max(self.budget.finetune_steps // 2, 1)
         common: dict[str, Any] = {
             "steps": steps, "val_every": val_every, "learning_rate": self.budget.learning_rate, "seed": SEED,
+            "spacing": self.budget.spacing_mm,
             "train_cases": [case.name for case in self.training],
             "validation_cases": [case.name for case in self.validation],
             "device": "cpu", "quiet": self.quiet,
         }  # fmt: skip
         shared = (
             "--steps", str(steps), "--val-every", str(val_every), "--learning-rate", f"{self.budget.learning_rate:g}",
-            "--train-cases", ",".join(common["train_cases"]),
+            "--spacing", self._spacing, "--train-cases", ",".join(common["train_cases"]),
             "--validation-cases", ",".join(common["validation_cases"]),
         )  # fmt: skip
         with self._step(f"Fine-tuning the pretrained network for {steps} steps on {len(self.training)} labels"):
@@ -261,6 +262,10 @@ class _Tour:
         line = shlex.join(["medssl", *verb.split(), *arguments])
         self.commands.append(line)
         self.console.print(f"      $ {line}", style="cyan")
+
+    @property
+    def _spacing(self) -> str:
+        return ",".join(f"{edge:g}" for edge in self.budget.spacing_mm)
 
     def _key(self) -> tuple[str, str]:
         return "--key-file", self.key_file.name
