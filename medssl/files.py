@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from medssl.errors import MedsslError, UsageError
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
 
     A reader sees the old file or the whole new one. On an error the temporary file is removed. A full disk is
@@ -24,6 +25,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Args:
         path: Where the finished file shall stand. Its folder is created.
+        durable: Flush it to disk before it is renamed. Without, the file is whole for every process that looks, but
+            may be lost with the machine's power; for many small files whose loss is noticed otherwise.
 
     Raises:
         MedsslError: If the disk is full.
@@ -33,12 +36,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{uuid.uuid4().hex}-{path.name}")
     try:
         yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        if durable:
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MedsslError(
                 f"No space left on the disk of {path.parent} while writing {path.name}. Nothing half-written was kept; "
                 "free some space and run the same command with --resume."
@@ -48,9 +53,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path` whole or not at all."""
-    with atomic_path(path) as temporary:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write `content` to `path` whole or not at all; see `atomic_path`."""
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_bytes(content)
 
 

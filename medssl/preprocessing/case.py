@@ -92,12 +92,12 @@ def prepare(
     shape = resampled_shape(cropped.shape[1:], spacing, target)
     if math.prod(shape) * cropped.shape[0] * 4 > MAX_BYTES:
         raise InputRefused("resampled_too_large", f"{shape} voxels of {target} mm, limit {MAX_BYTES >> 30} GiB")
-    threshold = tissue_threshold(cropped[0], modalities[0])
-    applied = _normalise(cropped, volume.channels == "colour", modalities, plan)
+    thresholds = [tissue_threshold(one, modality) for one, modality in zip(cropped, modalities, strict=True)]
+    applied = _normalise(cropped, thresholds, volume.channels == "colour", modalities, plan)
     separate = coarse_axis(spacing, target)
     resampled = resample_image(cropped, shape, separate_axis=separate)
     del cropped
-    foreground = sample_above(resampled[0], applied[0].of(threshold), MAX_FOREGROUND, name)
+    foreground = sample_above(resampled[0], applied[0].of(thresholds[0]), MAX_FOREGROUND, name)
     new_label = None
     if classes is not None:
         kept = np.ascontiguousarray(classes[inside], dtype=np.int16)
@@ -157,16 +157,20 @@ def check_label(volume: Volume, label: Volume, known: Sequence[int] | None) -> V
     return Volume(label.array.astype(np.int16), label.affine, label.modality)
 
 
-def _normalise(array: NDArray[np.float32], colour: bool, modalities: Sequence[str], plan: Plan) -> list[Normalisation]:
+def _normalise(
+    array: NDArray[np.float32], thresholds: Sequence[float], colour: bool, modalities: Sequence[str], plan: Plan
+) -> list[Normalisation]:
     """Normalise in place; the colours of a picture share one scale, so that they stay colours."""
-    groups = [list(array)] if colour else [[channel] for channel in array]
+    count = array.shape[0]
     applied: list[Normalisation] = []
-    for group, modality in zip(groups, modalities, strict=False):
+    for start in range(0, count, count if colour else 1):
+        group = slice(start, count if colour else start + 1)
+        modality = modalities[start]
         scheme = scheme_of(plan.normalisation, modality)
         if scheme == "fingerprint" and modality not in plan.fingerprint:
             raise InputRefused("no_content", f"no tissue was found in the volumes of modality {modality}")
-        found = fit(group, scheme, modality, plan.fingerprint)
-        for channel in group:
+        found = fit(list(array[group]), thresholds[group], scheme, modality, plan.fingerprint)
+        for channel in array[group]:
             found.apply(channel)
             applied.append(found)
     return applied

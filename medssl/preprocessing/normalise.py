@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.errors import InputRefused, UsageError, unknown_name
-from medssl.preprocessing.tissue import subsample, tissue_threshold
+from medssl.preprocessing.tissue import subsample
 
 BY_MODALITY = "by-modality"
 #: Modalities whose values mean the same in every scanner: they share one scale, that of the fingerprint.
@@ -91,12 +91,17 @@ def scheme_of(name: str, modality: str) -> str:
 
 
 def fit(
-    channels: Sequence[NDArray[np.float32]], scheme: str, modality: str, fingerprint: Mapping[str, Mapping[str, float]]
+    channels: Sequence[NDArray[np.float32]],
+    thresholds: Sequence[float],
+    scheme: str,
+    modality: str,
+    fingerprint: Mapping[str, Mapping[str, float]],
 ) -> Normalisation:
     """Find the normalisation of channels that share one, such as the colours of a picture.
 
     Args:
         channels: Cropped to the content, finite. Shape of each: (Z, Y, X).
+        thresholds: Of each channel's tissue, see `tissue_threshold`.
         scheme: A key of `SCHEMES`.
         modality: DICOM's code.
         fingerprint: By modality: `mean`, `std`, `percentile_00_5`, `percentile_99_5`.
@@ -124,7 +129,7 @@ def fit(
         return Normalisation(scheme, low, high, low, high - low)
     parts: list[NDArray[np.float32]] = list(channels)
     if scheme == "zscore-foreground":
-        tissue = [channel[channel > tissue_threshold(channel, modality)] for channel in channels]
+        tissue = [channel[channel > limit] for channel, limit in zip(channels, thresholds, strict=True)]
         # Two values, one of them air, leave a constant foreground: then the whole content is normalised.
         if all(part.size for part in tissue) and any(part.min() < part.max() for part in tissue):
             parts = tissue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -240,8 +241,8 @@ class StoreWriter:
         (self.out / STORE_FILE).unlink(missing_ok=True)
 
     def complete(self, volume_id: str) -> bool:
-        """Tell whether a volume was written whole."""
-        return volume_is_complete(self.out, volume_id)
+        """Tell whether a volume was written whole; its checksum is compared."""
+        return volume_is_complete(self.out, volume_id, verify=True)
 
     def add(
         self,
@@ -265,6 +266,9 @@ class StoreWriter:
             rows.append({"id": path.stem, **{key: facts[key] for key in kept}, "facts_sha256": digest})
         rows.sort(key=lambda row: row["id"])
         digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+        for path in self.out.iterdir():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
         content = {"kind": "store", "schema_version": SCHEMA_VERSION, **self.info, "volumes": rows, "hash": digest}
         write_json(self.out / STORE_FILE, content)
         (self.out / UNFINISHED_FILE).unlink(missing_ok=True)

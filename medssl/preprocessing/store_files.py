@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.errors import DataError, MedsslError
-from medssl.files import write_bytes, write_json
+from medssl.files import write_bytes
 
 STORE_FILE = "store.json"
 #: Settings of a store that is being written; what `--resume` compares.
@@ -106,7 +107,7 @@ def write_volume(
         "dtype": array.dtype.name,
         "has_label": label is not None,
         "voxels_sha256": digest.hexdigest(),
-        "bytes": {stem: len(content) for stem, content in contents.items()},
+        "files": {stem: [len(content), zlib.crc32(content)] for stem, content in contents.items()},
     }
     try:
         entry = entry_of(volume_id, facts)
@@ -115,18 +116,31 @@ def write_volume(
     if len(entry.foreground) > MAX_FOREGROUND:
         raise ValueError(f"{volume_id}: {len(entry.foreground)} foreground voxels, at most {MAX_FOREGROUND} are kept")
     facts["foreground"] = entry.foreground.tolist()
+    # Flushing each file would take longer than preprocessing a small volume: `StoreWriter.finish` flushes all, and what
+    # a power cut took before that is found by its checksum.
     for stem, content in contents.items():
-        write_bytes(out / f"{stem}.b2nd", content)
-    write_json(out / f"{volume_id}.json", facts)
+        write_bytes(out / f"{stem}.b2nd", content, durable=False)
+    text = json.dumps(facts, indent=None, sort_keys=True, allow_nan=False)
+    write_bytes(out / f"{volume_id}.json", text.encode(), durable=False)
 
 
-def volume_is_complete(out: Path, volume_id: str) -> bool:
-    """Tell whether the facts of a volume are there and its arrays have the size that they name."""
+def volume_is_complete(out: Path, volume_id: str, *, verify: bool = False) -> bool:
+    """Tell whether the facts of a volume are there and its arrays are as the facts say.
+
+    Args:
+        out: The store's folder.
+        volume_id: The volume.
+        verify: Read the arrays and compare their checksums, not only their sizes.
+    """
     try:
-        facts = read_json(out / f"{volume_id}.json")
-        return all((out / f"{stem}.b2nd").stat().st_size == size for stem, size in facts["bytes"].items())
-    except (OSError, MedsslError, KeyError, AttributeError, TypeError):
+        files = read_json(out / f"{volume_id}.json")["files"]
+        for stem, (size, checksum) in files.items():
+            path = out / f"{stem}.b2nd"
+            if path.stat().st_size != size or (verify and zlib.crc32(path.read_bytes()) != checksum):
+                return False
+    except (OSError, MedsslError, KeyError, AttributeError, TypeError, ValueError):
         return False
+    return True
 
 
 def remove_leftovers(out: Path) -> None:
