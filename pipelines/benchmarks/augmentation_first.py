@@ -50,7 +50,10 @@ def main() -> None:
         # One crop in three is resampled: more crops are needed for a stable mean.
         rows += measured("nnU-Net's whole policy", edge, policy_programs(edge), 4 * options.repeats, statistics.fmean)
     print_table(rows)
-    write_results("augmentation_first", {"threads": 1, "repeats": options.repeats, "rows": rows})
+    write_results(
+        "augmentation_first",
+        {"threads": 1, "load_average": os.getloadavg()[0], "repeats": options.repeats, "rows": rows},
+    )
 
 
 def measured(
