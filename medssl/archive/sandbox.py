@@ -61,7 +61,7 @@ VOLUME_LIMITS = Limits(memory_mb=min(12288, max(2048, _machine_memory_mb())), se
 class _Worker:
     """One process and the socket to it."""
 
-    def __init__(self, memory_mb: int) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         environment = dict(os.environ)
         # Threads of numerical libraries reserve address space and gain nothing: the parallelism is in the processes.
@@ -72,7 +72,7 @@ class _Worker:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "medssl.archive.sandbox_worker", str(theirs.fileno()), str(memory_mb)],
+                [sys.executable, "-m", "medssl.archive.sandbox_worker", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -84,12 +84,12 @@ class _Worker:
         self.items: list[Any] = []
         self.deadline = float("inf")
 
-    def start(self, function: Callable[[Any], Any], items: list[Any], seconds: float) -> bool:
+    def start(self, function: Callable[[Any], Any], items: list[Any], limits: Limits) -> bool:
         """Give the process a batch; tell whether it took it."""
         self.items = items
-        self.deadline = time.monotonic() + seconds * len(items) + _GRACE_SECONDS
+        self.deadline = time.monotonic() + limits.seconds * len(items) + _GRACE_SECONDS
         try:
-            send(self.connection, (function, items, seconds))
+            send(self.connection, (function, items, limits.memory_mb, limits.seconds))
         except OSError:
             return False
         return True
@@ -129,10 +129,10 @@ class Pool:
 
     Args:
         workers: How many.
-        limits: What one input may cost.
+        limits: What one input may cost, unless `map` is told otherwise.
     """
 
-    def __init__(self, workers: int, limits: Limits) -> None:
+    def __init__(self, workers: int, limits: Limits = VOLUME_LIMITS) -> None:
         self.workers = max(1, workers)
         self.limits = limits
         self._idle: list[_Worker] = []
@@ -155,7 +155,7 @@ class Pool:
         self._idle, self._busy = [], {}
 
     def map(
-        self, function: Callable[[ItemT], Any], items: Iterable[ItemT], *, batch: int = 1
+        self, function: Callable[[ItemT], Any], items: Iterable[ItemT], *, batch: int = 1, limits: Limits | None = None
     ) -> Iterator[tuple[ItemT, Outcome]]:
         """Yield each item with its outcome, in the order of completion.
 
@@ -163,6 +163,7 @@ class Pool:
             function: Importable function of one item.
             items: Drawn as processes become free, so that they need not fit into memory.
             batch: Items sent at once. If a process dies over a batch, its items are tried again one by one.
+            limits: What one input may cost; by default the pool's.
         """
         source = iter(items)
         again: deque[list[ItemT]] = deque()
@@ -171,16 +172,16 @@ class Pool:
                 chunk = again.popleft() if again else list(islice(source, batch))
                 if not chunk:
                     break
-                self._start(function, chunk)
+                self._start(function, chunk, limits or self.limits)
             if not self._busy:
                 return
             for worker in self._ready():
                 yield from self._finish(worker, again)
 
-    def _start(self, function: Callable[[Any], Any], chunk: list[Any]) -> None:
+    def _start(self, function: Callable[[Any], Any], chunk: list[Any], limits: Limits) -> None:
         for _ in range(3):
-            worker = self._idle.pop() if self._idle else _Worker(self.limits.memory_mb)
-            if worker.start(function, chunk, self.limits.seconds):
+            worker = self._idle.pop() if self._idle else _Worker()
+            if worker.start(function, chunk, limits):
                 self._busy[worker.connection] = worker
                 return
             worker.close()
@@ -226,9 +227,9 @@ def run_limited(function: Callable[[ItemT], Any], item: ItemT, limits: Limits = 
     Raises:
         InputRefused: If the function refused the input, failed, crashed, hung or needed too much.
     """
-    pool = _borrow(limits)
+    pool = _borrow()
     try:
-        outcomes = [outcome for _, outcome in pool.map(function, [item])]
+        outcomes = [outcome for _, outcome in pool.map(function, [item], limits=limits)]
     except BaseException:
         pool.close()
         raise
@@ -240,9 +241,9 @@ def run_limited(function: Callable[[ItemT], Any], item: ItemT, limits: Limits = 
 
 def run_batch(function: Callable[[ItemT], Any], items: list[ItemT], limits: Limits) -> list[tuple[ItemT, Outcome]]:
     """Run a batch in a limited process of this machine; what a cluster's worker is sent."""
-    pool = _borrow(limits)
+    pool = _borrow()
     try:
-        result = list(pool.map(function, items, batch=len(items)))
+        result = list(pool.map(function, items, limits=limits, batch=len(items)))
     except BaseException:
         pool.close()
         raise
@@ -276,12 +277,9 @@ _kept: list[Pool] = []
 _lock = threading.Lock()
 
 
-def _borrow(limits: Limits) -> Pool:
+def _borrow() -> Pool:
     with _lock:
-        for position, pool in enumerate(_kept):
-            if pool.limits == limits:
-                return _kept.pop(position)
-    return Pool(1, limits)
+        return _kept.pop() if _kept else Pool(1)
 
 
 def _give_back(pool: Pool) -> None:

@@ -1,7 +1,7 @@
 """The process that decodes: memory and time are limited, and whatever happens in it costs one input.
 
-Started by `medssl.archive.sandbox` as `python -m medssl.archive.sandbox_worker SOCKET MEMORY_MB`. It is started afresh
-(no fork, so no lock of another thread is inherited) and never imports the caller's `__main__`.
+Started by `medssl.archive.sandbox` as `python -m medssl.archive.sandbox_worker SOCKET`. It is started afresh (no fork,
+so no lock of another thread is inherited) and never imports the caller's `__main__`.
 """
 
 from __future__ import annotations
@@ -91,22 +91,18 @@ def receive(connection: Connection) -> Any:
     return pickle.loads(head, buffers=buffers)  # noqa: S301 - our own process, same user
 
 
-def main(descriptor: int, memory_mb: int) -> None:
+def main(descriptor: int) -> None:
     """Serve batches until the other side hangs up."""
-    limit = memory_mb * 2**20
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C ends
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside compiled code
     connection = Connection(descriptor)
     while True:
         try:
-            function, items, seconds = receive(connection)
+            function, items, memory_mb, seconds = receive(connection)
         except EOFError:
             return
+        _limit_memory(memory_mb)
         outcomes = []
         for item in items:
             signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -121,6 +117,13 @@ def main(descriptor: int, memory_mb: int) -> None:
             return
         if outcomes and outcomes[-1].spent:
             return
+
+
+def _limit_memory(memory_mb: int) -> None:
+    # The soft limit: a header may cost less than a volume, in one process.
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def _place(error: BaseException) -> str:
@@ -143,5 +146,5 @@ if __name__ == "__main__":
     # Imported under its true name: what is pickled must not belong to `__main__`.
     from medssl.archive import sandbox_worker
 
-    sandbox_worker.main(int(sys.argv[1]), int(sys.argv[2]))
+    sandbox_worker.main(int(sys.argv[1]))
     os._exit(0)  # no exit handlers of decoders: they may hang or crash

@@ -45,13 +45,13 @@ class Stages:
     quiet: bool = False
     headers_read: int = field(default=0, init=False)
     volumes_decoded: int = field(default=0, init=False)
-    _pools: dict[Limits, Pool] = field(default_factory=dict, init=False)
+    _pool: Pool | None = field(default=None, init=False)
 
     def close(self) -> None:
         """End the processes."""
-        for pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def read_headers(self) -> None:
         """Read the headers of new and changed files."""
@@ -119,9 +119,9 @@ class Stages:
         if self.executor is not None:
             flight = max(2, 2 * self.workers)
             return map_on_executor(self.executor, function, items, limits, batch=batch, in_flight=flight)
-        if limits not in self._pools:
-            self._pools[limits] = Pool(self.workers, limits)
-        return self._pools[limits].map(function, items, batch=batch)
+        if self._pool is None:
+            self._pool = Pool(self.workers)
+        return self._pool.map(function, items, limits=limits, batch=batch)
 
     def _files_to_read(self) -> Iterator[FileTask]:
         query = (

@@ -48,6 +48,10 @@ def greedy(_: int) -> bytearray:
     return bytearray(2**32)
 
 
+def large(_: int) -> int:
+    return len(bytearray(2**31))
+
+
 def panic(_: int) -> None:
     raise Panic("Doe^Jane")
 
@@ -107,6 +111,13 @@ def test_a_pool_loses_only_the_bad_items(batch):
     assert all(outcome.value == item for item, outcome in outcomes.items() if not outcome.code)
 
 
+def test_each_batch_has_its_own_limit():
+    with Pool(1) as pool:
+        for memory, code in ((1024, "decode_memory"), (8192, ""), (1024, "decode_memory")):
+            limits = Limits(memory_mb=memory, seconds=20)
+            assert [outcome.code for _, outcome in pool.map(large, [1], limits=limits)] == [code]
+
+
 def test_items_are_drawn_only_as_processes_become_free():
     drawn = []
 
@@ -123,7 +134,7 @@ def test_items_are_drawn_only_as_processes_become_free():
 
 def test_the_same_on_any_executor():
     with ThreadPoolExecutor(2) as executor:
-        results = list(map_on_executor(executor, treacherous, range(20), SMALL, batch=5, in_flight=3))
+        results = list(map_on_executor(executor, treacherous, range(20), batch=5, in_flight=3))
     assert sorted(item for item, outcome in results if not outcome.code) == [
         number for number in range(20) if number not in (3, 7, 11, 13, 17)
     ]
@@ -138,7 +149,7 @@ def test_threads_and_forked_processes_may_call_at_the_same_time():
     for thread in threads:
         thread.join()
     assert sorted(results) == [0, 2, 4, 6, 8, 10]
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with multiprocessing.get_context("fork").Pool(2, SMALL) as pool:
         assert pool.starmap(run_limited, [(double, n, SMALL) for n in range(4)]) == [0, 2, 4, 6]
     assert run_limited(double, 5, SMALL) == 10
 
