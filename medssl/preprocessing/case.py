@@ -77,7 +77,8 @@ def prepare(
     modalities = one_per_channel(modalities, volume)
     array, affine = canonical(volume.array, volume.affine, modalities[0])
     classes = None if label is None else canonical(label.array, volume.affine, modalities[0])[0][0]
-    spacing = spacing_of(affine)
+    # Seven digits: what lies behind them is rounding of the header's matrix.
+    spacing = tuple(float(f"{edge:.7g}") for edge in spacing_of(affine))
     original = {"shape": list(array.shape[1:]), "spacing_mm": list(spacing), "affine": affine.tolist()}
     whole = tuple((0, size) for size in array.shape[1:])
     box: Box = content_box(array, modalities[0], classes) if plan.crop else (whole[0], whole[1], whole[2])

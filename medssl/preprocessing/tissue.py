@@ -41,7 +41,9 @@ def otsu_threshold(values: NDArray[Any]) -> float:
     mean_below = mass[:-1] / np.maximum(weight, 1)
     mean_above = (mass[-1] - mass[:-1]) / np.maximum(total - weight, 1)
     between = weight * (total - weight) * (mean_below - mean_above) ** 2
-    return float(edges[int(np.argmax(between)) + 1])
+    # Where no value lies between the groups, many thresholds are as good: the middle one is the safest.
+    best = np.flatnonzero(between >= between.max() * (1 - 1e-6))
+    return float(edges[best[0] + 1] + edges[best[-1] + 1]) / 2
 
 
 def tissue_threshold(image: NDArray[Any], modality: str = "MR") -> float:
@@ -49,13 +51,14 @@ def tissue_threshold(image: NDArray[Any], modality: str = "MR") -> float:
 
     Args:
         image: One channel before normalisation (any range where `modality` is not `CT`). Shape: (Z, Y, X).
-        modality: `CT` takes the fixed threshold in HU, everything else half of Otsu's distance from the darkest value:
-            Otsu alone would take grey matter and muscle for background where fat is bright.
+        modality: `CT` takes the fixed threshold in HU, everything else half of Otsu's distance from air, which is zero
+            or, where values are negative, the darkest one. Otsu alone would take muscle for air where fat is bright,
+            and would split the tissue where there is no air at all.
     """
     if modality == "CT":
         return CT_AIR_HU
     sample = subsample(image)
-    low = float(sample.min())
+    low = min(0.0, float(sample.min()))
     return low + (otsu_threshold(sample) - low) / 2
 
 
