@@ -134,7 +134,7 @@ def test_items_are_drawn_only_as_processes_become_free():
 
 def test_the_same_on_any_executor():
     with ThreadPoolExecutor(2) as executor:
-        results = list(map_on_executor(executor, treacherous, range(20), batch=5, in_flight=3))
+        results = list(map_on_executor(executor, treacherous, range(20), SMALL, batch=5, in_flight=3))
     assert sorted(item for item, outcome in results if not outcome.code) == [
         number for number in range(20) if number not in (3, 7, 11, 13, 17)
     ]
@@ -149,7 +149,7 @@ def test_threads_and_forked_processes_may_call_at_the_same_time():
     for thread in threads:
         thread.join()
     assert sorted(results) == [0, 2, 4, 6, 8, 10]
-    with multiprocessing.get_context("fork").Pool(2, SMALL) as pool:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(run_limited, [(double, n, SMALL) for n in range(4)]) == [0, 2, 4, 6]
     assert run_limited(double, 5, SMALL) == 10
 
