@@ -83,7 +83,8 @@ def pretrain(
     values = apply_overrides(values, overrides)
     arguments = {"method": method, "steps": steps, "workers": workers}
     values |= {name: value for name, value in arguments.items() if value is not None}
-    machine = find_machine(device, int(values.get("devices", 1)))
+    devices = values.get("devices", 1)
+    machine = find_machine(device, devices if isinstance(devices, int) else 1)
     settings = settle(values, source, machine, str(recipe or "settings"))
     if before is not None:
         refuse_changes(out, before, settings, source)
@@ -160,7 +161,8 @@ def _workers(settings: PretrainingSettings) -> int:
     """Return the reader processes: all but one processor, at most 8; one of two is better spent on training."""
     if settings.workers is not None:
         return settings.workers
-    spare = len(os.sched_getaffinity(0)) // settings.devices - 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    spare = cores // settings.devices - 1
     return 0 if spare < 2 else min(spare, 8)
 
 

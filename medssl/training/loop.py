@@ -26,6 +26,7 @@ from medssl.errors import MedsslError, unknown_name
 from medssl.files import write_bytes
 from medssl.progress import progress
 from medssl.training.checkpoint import FOLDER, checkpoint_name, remove_old, save_checkpoint
+from medssl.training.distributed import mean_across_ranks
 from medssl.training.ema import AveragedWeights
 from medssl.training.guards import CollapseGuard, check_finite
 from medssl.training.method import Method, Step
@@ -156,7 +157,6 @@ class _Loop:
             while state.step < settings.steps:
                 views = self._step(batches)
                 state.step += 1
-                state.seconds = time.monotonic() - self.started
                 due = [settings.log_every, settings.health_every, settings.validate_every]
                 note = self._log(views) if any(map(self._due, due)) else ""
                 if self._due(settings.pictures_every):
@@ -227,6 +227,7 @@ class _Loop:
         """Write one row of metrics; here the device is waited for."""
         settings, state = self.settings, self.state
         row = state.window.means()
+        state.seconds = time.monotonic() - self.started
         check_finite(row, state.step, self.rate)
         steps = state.window.count
         state.window.clear()
@@ -236,8 +237,7 @@ class _Loop:
         if self.fabric.device.type == "cuda":
             row["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self._due(settings.health_every):
-            health = self._watch(partial(self.method.health, views))
-            row |= {f"health/{name}": value for name, value in health.items()}
+            row |= {f"health/{name}": value for name, value in self._health(views).items()}
         if self.job.validation is not None and self._due(settings.validate_every):
             row |= self._validate(self.job.validation)
         if self.metrics is not None:
@@ -245,6 +245,12 @@ class _Loop:
         state.guard.check({name: value for name, value in row.items() if name.startswith("health/")}, state.step)
         self.waited, self.logged_at = 0.0, time.monotonic()
         return f"loss {row['loss']:.4g}"
+
+    def _health(self, views: Views) -> dict[str, float]:
+        figures: dict[str, float] = self._watch(partial(self.method.health, views))
+        # The mean over ranks, so that a guard stops all of them or none.
+        values = mean_across_ranks(torch.tensor(list(figures.values()), device=self.fabric.device))
+        return dict(zip(figures, values.tolist(), strict=True))
 
     def _validate(self, loader: Loader) -> dict[str, float]:
         window = Window()
@@ -313,6 +319,7 @@ class _Loop:
         state = self.state
         # Weights that are not finite must never replace good ones.
         check_finite(state.window.means(), state.step, self.rate)
+        state.seconds = time.monotonic() - self.started
         captured = state.capture()
         if self._is_main:
             network = self.method.network

@@ -82,7 +82,10 @@ class Method(nn.Module):
         """Update teachers, queues and prototypes after the optimiser's step."""
 
     def health(self, views: Views) -> dict[str, float]:
-        """Return figures that tell a healthy run from a collapsed one. Called now and then, without gradients."""
+        """Return figures that tell a healthy run from a collapsed one. Called now and then, without gradients.
+
+        One whose name ends in `std` is watched: near zero for several looks in a row, it stops the run.
+        """
         return {}
 
     def pictures(self, views: Views) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from medssl import registry
+from medssl.config import check_settings
 from medssl.errors import CheckpointError, DataError, UsageError
 from medssl.networks.architecture import Architecture
 from medssl.networks.build import build_from_architecture
@@ -290,3 +291,21 @@ def test_a_policy_of_ones_own_is_kept_without_its_path(store: Path, tmp_path: Pa
 def test_settings_of_a_method_and_of_the_loop_have_different_names() -> None:
     for entry in registry.METHODS.values():
         assert not set(entry.load_settings().model_fields) & set(PretrainingSettings.model_fields)
+
+
+def test_every_recipe_of_the_repository_fits_its_model() -> None:
+    pipelines = Path(__file__).resolve().parents[2] / "pipelines"
+    recipes = [
+        path for path in pipelines.glob("*.yaml") if yaml.safe_load(path.read_text()).get("method") in registry.METHODS
+    ]
+    assert recipes
+    for path in recipes:
+        values = yaml.safe_load(path.read_text())
+        recipe = check_settings(recipe_model(values["method"]), values, path.name)
+        recipe.architecture.check_patch(recipe.patch_size)
+        assert "# medssl pretrain --recipe" in path.read_text()
+
+
+def test_a_setting_of_devices_that_is_no_number_is_a_usage_error(store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="devices"):
+        run(store, tmp_path / "run", "devices=many")
