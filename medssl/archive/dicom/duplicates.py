@@ -10,6 +10,7 @@ from pathlib import Path
 from medssl.archive.dicom import tags as t
 from medssl.archive.dicom.model import DicomHeader
 from medssl.archive.dicom.reading import NATIVE, open_pixels
+from medssl.archive.find import absolute
 from medssl.errors import InputRefused
 
 #: Labels that copies of one image may differ in: they were numbered or written again.
@@ -61,7 +62,7 @@ def split_duplicates(
 
 def pixel_digest(header: DicomHeader, root: Path | None) -> str:
     """Return a digest of the pixels as stored, empty if they cannot be read."""
-    path = Path(header.path) if root is None else root / header.path
+    path = Path(header.path) if root is None else absolute(root, header.path)
     try:
         dataset, _ = open_pixels(path, [t.PIXEL_DATA, t.FLOAT_PIXELS, t.DOUBLE_PIXELS], _MAX_BYTES)
     except (InputRefused, OSError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -148,18 +149,17 @@ def _header_again(path: Path, volume: DicomVolume) -> DicomHeader:
     return header
 
 
-def _planes(source: StoredFrames, header: DicomHeader) -> list[tuple[int, Voxels]]:
+def _planes(source: StoredFrames, header: DicomHeader) -> Iterator[tuple[int, Voxels]]:
     if not header.tiles:
-        return list(enumerate(source.frames()))
+        yield from enumerate(source.frames())
+        return
     image = next(source.frames())
     rows, columns = header.rows, header.columns
     if image.shape != (rows * header.tiles, columns * header.tiles):
         raise InputRefused("decode_failed", f"a mosaic of {image.shape}")
-    result = []
     for frame in header.frames:
         down, across = divmod(frame.number, header.tiles)
-        result.append((frame.number, image[down * rows : (down + 1) * rows, across * columns : (across + 1) * columns]))
-    return result
+        yield frame.number, image[down * rows : (down + 1) * rows, across * columns : (across + 1) * columns]
 
 
 def _stored_range(header: DicomHeader) -> tuple[int, int]:

@@ -217,14 +217,15 @@ def solve(family: Family, *, repair: bool, tried: int = 0) -> tuple[list[Plan], 
             reason = refusal
     for number in range(tried, len(_KINDS)):
         parts = _split(family, _KINDS[number])
-        if len(parts) > 1 and (repeated or _strays(parts) or (number == _STACK and _apart(parts))):
+        explains = _explains(_KINDS[number], by_place)
+        if len(parts) > 1 and (explains or _strays(parts) or _are_stacks(number, parts)):
             plans: list[Plan] = []
             rejected: Rejected = []
             for part in parts:
                 accepted, refused = solve(part, repair=repair, tried=number + 1)
                 plans.extend(accepted)
                 rejected.extend(refused)
-            if repeated or plans:
+            if explains or plans:
                 return plans, [_odd_kind(entry, bool(plans)) for entry in rejected]
     if repeated:
         return _frames(family, by_place, repair)
@@ -249,8 +250,15 @@ def _strays(parts: Sequence[Family]) -> bool:
     return sizes[-1] >= MIN_SLICES and all(size < MIN_SLICES for size in sizes[:-1])
 
 
-def _apart(parts: Sequence[Family]) -> bool:
-    """Tell whether parts lie one after the other along the normal, none between the planes of another."""
+def _explains(kind: Callable[[Slot], str], by_place: Sequence[Sequence[Slot]]) -> bool:
+    """Tell whether images at one place differ in kind: a kind that merely alternates along the stack splits nothing."""
+    return any(len({kind(slot) for slot in group}) > 1 for group in by_place)
+
+
+def _are_stacks(number: int, parts: Sequence[Family]) -> bool:
+    """Tell whether parts are declared stacks, one after the other along the normal."""
+    if number != _STACK:
+        return False
     ranges = []
     for part in parts:
         along = [float(slot.point @ part.axes[2]) for slot in part.slots]

@@ -190,6 +190,8 @@ def test_kinds_that_alternate_do_not_hide_a_gap(tmp_path: Path) -> None:
     for number, dataset in enumerate(slices):
         dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL", "A" if number % 2 else "B"]
     assert only_volume(outcome(s.write(tmp_path / "whole", slices))).shape[1] == 12
+    twice = [*slices, s.image((-10.0, -20.0, 40.0), 50, add=7.0, ImageType=slices[5].ImageType)]
+    assert codes(outcome(s.write(tmp_path / "twice", twice))) == {"position_repeated"}
     del slices[5]
     assert codes(outcome(s.write(tmp_path / "gap", slices))) == {"missing_slices"}
 
