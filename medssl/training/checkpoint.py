@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import pickle
 import re
 import zipfile
@@ -52,7 +54,7 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     # A checksum of an older file of this name would make the new one look damaged if we are killed in between.
     sidecar.unlink(missing_ok=True)
     with atomic_path(path) as temporary:
-        torch.save(to_cpu(dict(content)), temporary)
+        _write(to_cpu(dict(content)), temporary)
         digest = sha256_of(temporary)
     write_text(sidecar, f"{digest}  {path.name}\n")
 
@@ -177,6 +179,16 @@ def to_cpu(value: Any) -> Any:
     so that the file holds what it names and nothing more.
     """
     return _to_cpu(value, {})
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        # torch's own writer says "unexpected pos" where the system said that the disk is full.
+        if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 def _to_cpu(value: Any, seen: dict[tuple[object, ...], Tensor]) -> Any:

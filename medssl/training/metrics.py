@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from medssl.errors import MedsslError
 from medssl.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -43,10 +45,17 @@ class MetricsWriter:
             values: Figures by name.
         """
         row = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            self._events.scalars(step, values)
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.scalars(step, values)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise MedsslError(
+                    f"No space left on the disk of {self.path.parent}. Free some, then --resume."
+                ) from error
+            raise
 
     def picture(self, step: int, name: str, png: bytes, size: tuple[int, int]) -> None:
         """Add a picture to the TensorBoard events.

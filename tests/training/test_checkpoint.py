@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from medssl.errors import CheckpointError
+from medssl.errors import CheckpointError, MedsslError
 from medssl.networks.build import build_network
 from medssl.training.checkpoint import (
     checkpoint_name,
@@ -205,3 +205,16 @@ def test_a_run_means_its_newest_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         find_checkpoint(tmp_path / "empty")
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.pth"
+    save_checkpoint(path, content(1))
+
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 832 vs 726")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(MedsslError, match=r"No space left.*--resume"):
+        save_checkpoint(path, content(2))
+    assert load_checkpoint(path)["network_weights"]["a"][0] == 1
