@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,9 @@ list_app = typer.Typer(help="List what can be named.", no_args_is_help=True)
 app.add_typer(finetune_app, name="finetune")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(list_app, name="list")
+
+#: Columns of a list that may be folded; the others hold names.
+PROSE = {"summary", "source", "title", "transforms", "meaning", "remedy", "detail"}
 
 screen = Console()
 errors = Console(stderr=True)
@@ -390,6 +394,22 @@ def list_networks(as_json: o.AsJson = False) -> None:
     _table("Networks", registry.NETWORKS.values(), as_json)
 
 
+@list_app.command("policies")
+def list_policies(as_json: o.AsJson = False) -> None:
+    """Augmentation policies by purpose and modality."""
+    from medssl.augmentation.policy import list_policies as policies
+
+    _table("Policies", policies(), as_json)
+
+
+@list_app.command("codes")
+def list_codes(as_json: o.AsJson = False) -> None:
+    """Reason codes of refusals, related objects, repairs and flags, and what to do about each."""
+    from medssl.archive.codes import CODES
+
+    _table("Codes", [asdict(code) for code in CODES.values()], as_json)
+
+
 @app.command()
 def doctor(
     model: o.AnyModel = None,
@@ -438,18 +458,22 @@ def _show(result: Any, as_json: bool) -> None:
 
 
 def _table(title: str, entries: Any, as_json: bool) -> None:
-    rows = [entry.row() for entry in entries]
+    rows = [entry if isinstance(entry, dict) else entry.row() for entry in entries]
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
     table = Table(title=title)
     for name in rows[0] if rows else ():
-        table.add_column(name)
+        table.add_column(name, no_wrap=name not in PROSE, overflow="fold")
     for row in rows:
-        table.add_row(
-            *(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value) for value in row.values())
-        )
+        table.add_row(*map(_cell, row.values()))
     screen.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
+    return f"{value / 1e6:.1f} M" if isinstance(value, int) and value > 1e5 else str(value)
 
 
 def _names(text: str | None) -> list[str] | None:

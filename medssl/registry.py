@@ -88,12 +88,10 @@ class NetworkEntry:
         """Return what a list of networks shows."""
         return {
             "name": self.name,
-            "dimensions": [f"{number}D" for number in sorted(self.parameters)],
             "stages": len(self.features),
-            "features": list(self.features),
-            "parameters 2D": self.parameters[2],
-            "parameters 3D": self.parameters[3],
-            "patch multiple of": self.total_stride,
+            "2D": self.parameters[2],
+            "3D": self.parameters[3],
+            "stride": self.total_stride,
             "summary": self.summary,
         }
 
