@@ -46,23 +46,21 @@ def runner(workers: int | None, executor: Executor | None, scheduler: str | None
         yield lambda function, tasks: _on_executor(executor, function, tasks, limits, count)
     else:
         whole = Limits(max(SMALLEST_MEMORY_MB, memory), SECONDS_PER_VOLUME)
-        with Pool(count) as pool:
-            yield lambda function, tasks: _on_pool(pool, function, tasks, limits, whole)
+        with Pool(count, limits) as pool:
+            yield lambda function, tasks: _on_pool(pool, function, tasks, whole)
 
 
-def _on_pool(
-    pool: Pool, function: Function, tasks: Sequence[Task], limits: Limits, whole: Limits
-) -> Iterator[tuple[Task, Outcome]]:
+def _on_pool(pool: Pool, function: Function, tasks: Sequence[Task], whole: Limits) -> Iterator[tuple[Task, Outcome]]:
     """Run on local processes; what needs more than its share of the memory is tried again alone, with all of it."""
     alone = []
-    for task, outcome in pool.map(function, tasks, limits):
-        if outcome.code == "decode_memory" and whole.memory_mb > limits.memory_mb:
+    for task, outcome in pool.map(function, tasks):
+        if outcome.code == "decode_memory" and whole.memory_mb > pool.limits.memory_mb:
             alone.append(task)
         else:
             yield task, outcome
     if alone:
-        with Pool(1) as single:
-            yield from single.map(function, alone, whole)
+        with Pool(1, whole) as single:
+            yield from single.map(function, alone)
 
 
 def _on_executor(

@@ -17,6 +17,7 @@ from medssl.archive.volume import Volume
 from medssl.errors import DataError, InputRefused, UsageError
 from medssl.preprocessing.case import check_label
 from medssl.preprocessing.orient import canonical, canonical_spacing
+from medssl.preprocessing.store_files import can_name_a_volume
 
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 _UNSAFE = re.compile(r"[^A-Za-z0-9._+-]")
@@ -177,9 +178,7 @@ def _of_raw(path: Path, select: str | None) -> Source:
     cases = _cases(path, description)
     jobs = []
     for case, (images, label) in cases.items():
-        name = _UNSAFE.sub("_", case)
-        # Two names must not become one.
-        volume_id = name if name == case else f"{name}-{hashlib.sha256(case.encode()).hexdigest()[:8]}"
+        volume_id = _volume_id(case)
         jobs.append(
             Job(
                 volume_id=volume_id,
@@ -200,6 +199,14 @@ def _of_raw(path: Path, select: str | None) -> Source:
             size = Path(file).stat().st_size if file else 0
             digest.update(f"{job.volume_id}/{Path(file).name}/{size}\n".encode())
     return Source("nnunet_raw", digest.hexdigest(), jobs)
+
+
+def _volume_id(case: str) -> str:
+    """Return the case's name, or one like it where it cannot name a volume."""
+    if can_name_a_volume(case):
+        return case
+    # Two names must not become one.
+    return f"case{_UNSAFE.sub('_', case)}-{hashlib.sha256(case.encode()).hexdigest()[:8]}"
 
 
 def _description(path: Path) -> dict[str, Any]:

@@ -81,13 +81,9 @@ def write_volume(
     Raises:
         ValueError: If a shape, the id or a property does not fit.
     """
-    if (
-        not _SAFE_ID.fullmatch(volume_id)
-        or volume_id.endswith(LABEL_SUFFIX)
-        or f"{volume_id}.json" in (STORE_FILE, UNFINISHED_FILE, FAILED_FILE)
-    ):
+    if not can_name_a_volume(volume_id):
         raise ValueError(
-            f"'{volume_id}' cannot name a volume: use letters, digits and ._+- and no {LABEL_SUFFIX} at the end"
+            f"'{volume_id}' cannot name a volume: letters, digits and ._+- only, no {LABEL_SUFFIX} at the end"
         )
     if array.ndim != 4 or 0 in array.shape:
         raise ValueError(f"{volume_id}: a volume needs a non-empty (C, Z, Y, X) array, got {array.shape}")
@@ -122,6 +118,12 @@ def write_volume(
         write_bytes(out / f"{stem}.b2nd", content, durable=False)
     text = json.dumps(facts, indent=None, sort_keys=True, allow_nan=False)
     write_bytes(out / f"{volume_id}.json", text.encode(), durable=False)
+
+
+def can_name_a_volume(volume_id: str) -> bool:
+    """Tell whether a name is safe as a file's and means nothing else in a store."""
+    reserved = f"{volume_id}.json" in (STORE_FILE, UNFINISHED_FILE, FAILED_FILE) or volume_id.endswith(LABEL_SUFFIX)
+    return _SAFE_ID.fullmatch(volume_id) is not None and not reserved
 
 
 def volume_is_complete(out: Path, volume_id: str, *, verify: bool = False) -> bool:

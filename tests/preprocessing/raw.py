@@ -27,9 +27,9 @@ def make_raw(folder: Path, n: int = 4, channel: str = "MR", labels: bool = True,
         label = (((grid - rng.uniform(-0.2, 0.2, (3, 1, 1, 1))) ** 2).sum(axis=0) < 0.2).astype(np.uint8)
         label[15:] *= 2
         if channel == "CT":
-            image = np.where(body, 40 + 60 * label + rng.normal(0, 10, SHAPE), -1000).astype(np.int16)
+            image = np.where(body, 40.0 + 60.0 * label + rng.normal(0, 10, SHAPE), -1000).astype(np.int16)
         else:
-            image = np.where(body, 200 + 100 * label + rng.normal(0, 10, SHAPE), 0).astype(np.float32)
+            image = np.where(body, 200.0 + 100.0 * label + rng.normal(0, 10, SHAPE), 0).astype(np.float32)
         write_nifti(folder / "imagesTr" / f"case_{number}_0000.nii.gz", image)
         if labels:
             write_nifti(folder / "labelsTr" / f"case_{number}.nii.gz", label)
