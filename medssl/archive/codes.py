@@ -154,6 +154,7 @@ _DICOM: tuple[Code, ...] = (
     Code("related", "other_object", "Another DICOM object without an image.", ""),
     # Flags
     Code("flag", "duplicates_dropped", "Copies of slices were left out.", ""),
+    Code("flag", "copy_in_other_folder", "Images of this series lie in another folder too: each folder is a volume of its own.", "Leave one out with --select."),
     Code("flag", "series_partly_refused", "Other files of the same series were refused.", "See their codes in the table of refusals."),
     Code("flag", "series_split", "The series holds several volumes.", ""),
     Code("flag", "frames_by_number", "Only the instance numbers tell the frames apart.", "Check the order of the frames."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from medssl.archive.dicom import tags as t
 from medssl.archive.dicom.model import DicomHeader
@@ -58,6 +58,39 @@ def split_duplicates(
                 seen[digest or f"unreadable {header.path}"] = header
                 kept.append(header)
     return sorted(kept, key=lambda header: header.path), copies
+
+
+def folder_copies(
+    kept: Sequence[DicomHeader], copies: Sequence[tuple[DicomHeader, DicomHeader]]
+) -> dict[str, set[str]] | None:
+    """Return the folders that each hold a copy of a series, or part of one, with their paths.
+
+    A folder that holds every image of the series is whole; another with at least two of its images was copied on
+    purpose and stands for itself. Single images elsewhere, and a series spread over folders, are left to be merged.
+
+    Args:
+        kept: Images without copies.
+        copies: Each copy with what it is a copy of.
+
+    Returns:
+        The paths of each folder, or None if the series is to be taken as one.
+    """
+    if not copies:
+        return None
+    images: dict[str, set[str]] = defaultdict(set)
+    paths: dict[str, set[str]] = defaultdict(set)
+    for header, image in [*((header, header) for header in kept), *copies]:
+        folder = str(PurePath(header.path).parent)
+        images[folder].add(image.path)
+        paths[folder].add(header.path)
+    everything = {header.path for header in kept}
+    whole = [folder for folder in sorted(images) if images[folder] == everything]
+    if not whole or len(images) == 1:
+        return None
+    parts = {folder: paths[folder] for folder in sorted(images) if len(images[folder]) > 1 or folder == whole[0]}
+    for folder in images.keys() - parts.keys():
+        parts[whole[0]] |= paths[folder]
+    return parts if len(parts) > 1 else None
 
 
 def pixel_digest(header: DicomHeader, root: Path | None) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import Literal
 
-from medssl.archive.dicom.duplicates import split_duplicates
+from medssl.archive.dicom.duplicates import folder_copies, split_duplicates
 from medssl.archive.dicom.kinds import PICTURES, is_secondary_capture
 from medssl.archive.dicom.model import DicomHeader, DicomVolume
 from medssl.archive.dicom.picture import plan_picture
@@ -85,8 +85,34 @@ def _series(headers: list[DicomHeader], repair: bool, root: Path | None, result:
         detail = f"{len(headers)} images of one series differ in patient ID or person"
         result.refused.extend((header.path, "series_of_two_patients", detail) for header in headers)
         return
-    refused: dict[str, tuple[str, str]] = {header.path: _problem(header) for header in headers if header.problem}
     usable, copies = split_duplicates([header for header in headers if not header.problem], root)
+    parts = folder_copies(usable, copies)
+    if parts is None:
+        _one_copy(headers, usable, copies, repair, result)
+        return
+    whole = next(iter(parts.values()))
+    for header in headers:
+        if not any(header.path in paths for paths in parts.values()):
+            folder = str(PurePath(header.path).parent)
+            parts.get(folder, whole).add(header.path)  # a file that cannot be used marks the rest of its folder
+    for paths in parts.values():
+        part = [header for header in headers if header.path in paths]
+        usable, copies = split_duplicates([header for header in part if not header.problem], root)
+        known = len(result.volumes)
+        _one_copy(part, usable, copies, repair, result)
+        result.volumes[known:] = [
+            _with_flags(volume, {*volume.flags, "copy_in_other_folder"}) for volume in result.volumes[known:]
+        ]
+
+
+def _one_copy(
+    headers: Sequence[DicomHeader],
+    usable: Sequence[DicomHeader],
+    copies: list[tuple[DicomHeader, DicomHeader]],
+    repair: bool,
+    result: GroupResult,
+) -> None:
+    refused: dict[str, tuple[str, str]] = {header.path: _problem(header) for header in headers if header.problem}
     volumes: list[DicomVolume] = []
     plans, leftovers = _plan_stacks([header for header in usable if not header.picture], repair)
     for plan in plans:
@@ -209,6 +235,4 @@ def _problem(header: DicomHeader) -> tuple[str, str]:
 
 
 def _with_flags(volume: DicomVolume, flags: set[str]) -> DicomVolume:
-    from dataclasses import replace
-
     return replace(volume, flags=tuple(sorted(flags)))

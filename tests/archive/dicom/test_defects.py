@@ -231,6 +231,23 @@ def test_series_in_one_folder_stay_apart(tmp_path: Path) -> None:
     assert all(s.world_error(load(volume)) < s.QUANTUM for volume in result.volumes)
 
 
+@pytest.mark.parametrize("count", [6, 4])
+def test_a_series_copied_to_another_folder_stays_whole_in_each(tmp_path: Path, count: int) -> None:
+    paths = s.write(tmp_path / "a", s.stack(6)) + s.write(tmp_path / "b", s.stack(6)[:count])
+    result = outcome(paths)
+    assert [volume.shape[1] for volume in result.volumes] == [6, count]
+    assert all(volume.flags == ("copy_in_other_folder",) for volume in result.volumes)
+    assert all(len({Path(path).parent for path in volume.paths}) == 1 for volume in result.volumes)
+
+
+def test_a_series_spread_over_folders_is_one_volume(tmp_path: Path) -> None:
+    slices = s.stack(12)
+    paths = [path for n in range(4) for path in s.write(tmp_path / str(n), slices[n * 3 : n * 3 + 3])]
+    assert only_volume(outcome(paths)).shape[1] == 12
+    paths += s.write(tmp_path / "more", slices[5:7])
+    assert only_volume(outcome(paths)).flags == ("duplicates_dropped",)
+
+
 def test_two_stacks_in_one_series_are_two_volumes(tmp_path: Path) -> None:
     slices = [*s.stack(6), *s.stack(5, orientation=s.CORONAL, series="1")]
     result = outcome(s.write(tmp_path, slices))
