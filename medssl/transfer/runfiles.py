@@ -25,8 +25,9 @@ from medssl.transfer.settings import TrainingSettings
 from medssl.transfer.source import Source
 
 SCHEMA_VERSION = 1
-# What may differ between a run and its continuation: it changes how fast the work is done and not what comes out.
-_FREE_ON_RESUME = ("workers", "cache")
+# What may differ between a run and its continuation: how fast the work is done, and where files lie; what they hold is
+# compared by its hash.
+_FREE_ON_RESUME = ("workers", "cache", "dataset", "checkpoint", "plans_from")
 
 
 def loader_workers(workers: int | None, device: torch.device) -> int:
@@ -43,15 +44,18 @@ def named_architecture(name: str | None, fingerprint: dict[str, Any]) -> Archite
 
 
 def recipe(
-    dataset: Path, checkpoint: Path | None, settings: TrainingSettings, source: Source | None, **options: Any
+    raw: RawDataset, checkpoint: Path | None, settings: TrainingSettings, source: Source | None, **options: Any
 ) -> dict[str, Any]:
     """Return everything that decides a run, resolved."""
     values = settings.model_dump(mode="json", exclude={"checkpoint"})
+    used = [*(settings.train_cases or []), *(settings.validation_cases or [])]
     return {
         "command": "medssl finetune segmentation",
-        "dataset": str(dataset),
+        "dataset": str(raw.folder),
+        "files_sha256": files_hash(raw, used),
+        "arm": "scratch" if checkpoint is None else "pretrained",
         "checkpoint": None if checkpoint is None else str(checkpoint),
-        "weights_sha256": None if checkpoint is None or source is None else sha256_of(source.path),
+        "checkpoint_sha256": None if source is None else sha256_of(source.path),
         **{name: _plain(value) for name, value in options.items()},
         **values,
     }
@@ -112,7 +116,7 @@ def write_start(
             "spacing_mm": settings_["spacing"],
             "patch_size": settings_["patch_size"],
             "normalisation": settings_["normalization_schemes"],
-            "files_hash": _files_hash(raw, [*selection.train, *selection.validation]),
+            "files_sha256": wanted["files_sha256"],
         },
     )
     write_json(out / "environment.json", describe_environment())
@@ -158,7 +162,8 @@ def _write_run(out: Path, settings: TrainingSettings, *, finished: bool) -> None
     )
 
 
-def _files_hash(raw: RawDataset, names: Sequence[str]) -> str:
+def files_hash(raw: RawDataset, names: Sequence[str]) -> str:
+    """Return a hash of the names and sizes of the files of some cases."""
     digest = hashlib.sha256()
     for name in sorted(names):
         for file, size, _ in raw.cases[name].signature:

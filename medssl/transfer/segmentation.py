@@ -127,7 +127,7 @@ def finetune_segmentation(
     if checkpoint is None and schedule in ("sawtooth", "frozen"):
         logger.warning("Schedule %s holds the encoder still at first; from scratch it is random there.", schedule)
     recipe = runfiles.recipe(
-        dataset, checkpoint, settings, source, network=network, plans_from=plans_from, patch_size=patch_size,
+        raw, checkpoint, settings, source, network=network, plans_from=plans_from, patch_size=patch_size,
         batch_size=batch_size, spacing=spacing, cache=cache,
     )  # fmt: skip
     fresh = not out.exists()

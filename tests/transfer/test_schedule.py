@@ -75,7 +75,7 @@ def test_each_parameter_belongs_to_a_level_of_the_network(network: str) -> None:
 
 
 def test_settings_that_make_no_schedule_are_refused() -> None:
-    with pytest.raises(UsageError, match="no schedule named 'warm'.*Did you mean warmup"):
+    with pytest.raises(UsageError, match=r"no schedule named 'warm'.*Did you mean warmup"):
         Schedule("warm", 1e-3, 10)
     with pytest.raises(UsageError, match="learning_rate must be positive"):
         Schedule("poly", 0.0, 10)

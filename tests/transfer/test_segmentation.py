@@ -212,7 +212,7 @@ def test_a_signal_saves_and_the_run_goes_on(
 
     with (
         monkeypatch.context() as patch,
-        pytest.raises(TrainingStopped, match="SIGTERM after step 3.*--resume") as stopped,
+        pytest.raises(TrainingStopped, match=r"SIGTERM after step 3.*--resume") as stopped,
     ):
         patch.setattr(medSSLTrainer, "_one_step", one_step)
         finetune_segmentation(folder, checkpoint, tmp_path / "stopped", **options)
@@ -238,7 +238,7 @@ def test_bad_data_leave_nothing_behind(make_dataset: MakeDataset, checkpoint: Pa
     nibabel.save(
         nibabel.Nifti1Image(np.asanyarray(image.dataobj)[:-1], image.affine), folder / "labelsTr" / "case2.nii.gz"
     )
-    with pytest.raises(DataError, match="case2: case2.nii.gz has the shape"):
+    with pytest.raises(DataError, match=r"case2: case2.nii.gz has the shape"):
         finetune_segmentation(folder, checkpoint, run, **SMALL)
     assert not run.exists()
 
@@ -247,7 +247,7 @@ def test_options_that_exclude_each_other_are_refused(
     make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path
 ) -> None:
     folder, run = make_dataset(), tmp_path / "run"
-    with pytest.raises(UsageError, match="either --plans-from CHECKPOINT .* or --network NAME"):
+    with pytest.raises(UsageError, match=r"either --plans-from CHECKPOINT .* or --network NAME"):
         finetune_segmentation(folder, None, run, **SMALL)
     with pytest.raises(UsageError, match="the checkpoint decides the network"):
         finetune_segmentation(folder, checkpoint, run, network="resenc-xs", **SMALL)

@@ -87,7 +87,7 @@ class medSSLTrainer(nnUNetTrainer):
         self.quiet = False
         self.save_every_seconds = SECONDS_BETWEEN_CHECKPOINTS
         self.step = 0
-        self.elapsed = 0.0
+        self.elapsed = self.cpu_seconds = 0.0
         self.key_report: KeyReport | None = None
         self.on_first_batch: Callable[[dict[str, Any]], None] | None = None
         self.apply_settings(settings_from_environment())
@@ -201,7 +201,7 @@ class medSSLTrainer(nnUNetTrainer):
             self._complete_model_folder()
         quiet = self.quiet or self.local_rank != 0
         started = saved = time.monotonic()
-        before = self.elapsed
+        before, cpu_before = self.elapsed, self.cpu_seconds - time.process_time()
         every = max(1, self.settings.steps // LINES_OF_LOSS)
         losses: list[float] = []
         with (
@@ -215,6 +215,7 @@ class medSSLTrainer(nnUNetTrainer):
                 losses.append(loss)
                 self.step += 1
                 self.elapsed = before + time.monotonic() - started
+                self.cpu_seconds = cpu_before + time.process_time()
                 if self.step % every == 0:
                     metrics.write(self.step, {"time": self.elapsed, "loss": float(np.mean(losses)), "lr": rate})
                     losses = []
@@ -318,6 +319,7 @@ class medSSLTrainer(nnUNetTrainer):
                 "kind": "segmentation",
                 "step": self.step,
                 "elapsed_s": self.elapsed,
+                "cpu_s": self.cpu_seconds,
                 "settings": self.settings.model_dump(mode="json", exclude={"checkpoint"}),
             },
         }
@@ -340,5 +342,6 @@ class medSSLTrainer(nnUNetTrainer):
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
         self.step = int(content["medssl"]["step"])
         self.elapsed = float(content["medssl"]["elapsed_s"])
+        self.cpu_seconds = float(content["medssl"]["cpu_s"])
         self.current_epoch = int(content["current_epoch"])
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
