@@ -21,8 +21,8 @@ def run_stock(
 ) -> dict[str, Any]:
     """Train nnU-Net on labelled cases within a budget and return its Dice per validation case.
 
-    nnU-Net plans by GPU memory and not by time, so its steps are longer and fewer. Its poly schedule is made to end with
-    the budget. Only the time of batches and steps counts; planning, preprocessing, validation and plots are free.
+    nnU-Net plans by GPU memory and not by time, so its steps are longer and fewer. Its poly schedule is made to end
+    with the budget. Only the time of batches and steps counts; planning, preprocessing, validation and plots are free.
 
     Args:
         options: Of the benchmark.
@@ -43,8 +43,10 @@ def run_stock(
         return json.loads(kept.read_text())  # type: ignore[no-any-return]
     make_dataset(options.data, home / "raw" / NAME, cases)
     folders = {f"nnUNet_{part}": str(home / part) for part in ("raw", "preprocessed", "results")}
-    with nnunet_environment(**folders):
+    # The planner sets as many threads as there are processes for augmentation, and refuses none.
+    with nnunet_environment(**folders, nnUNet_n_proc_DA="1"):
         plans = plan_and_preprocess(home)
+    with nnunet_environment(**folders):
         trainer = make_trainer(home, plans, seed)
         facts = train(trainer, seconds)
         predict(trainer, options.data, validation, home / "masks")
@@ -76,20 +78,15 @@ def make_dataset(source: Path, target: Path, cases: list[str]) -> None:
 
 def plan_and_preprocess(home: Path) -> dict[str, Any]:
     """Run nnU-Net's fingerprint, default planner and preprocessor."""
-    import os
-
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
-    # nnU-Net's planner sets this many threads, and refuses none.
-    os.environ["nnUNet_n_proc_DA"] = "1"
     DatasetFingerprintExtractor(NAME, 1).run()
     plans: dict[str, Any] = ExperimentPlanner(NAME).plan_experiment()
     done = home / "preprocessed" / NAME / "nnUNetPlans_3d_fullres"
     if len(list(done.glob("*.pkl"))) < len(list((home / "raw" / NAME / "labelsTr").iterdir())):
         DefaultPreprocessor(verbose=False).run(NAME, "3d_fullres", "nnUNetPlans", 1)
-    os.environ["nnUNet_n_proc_DA"] = "0"
     return plans
 
 

@@ -1,21 +1,21 @@
 """Does pretraining save labels? Hippocampus, 4, 8 and 16 labelled cases: pretrained, scratch twin, untouched nnU-Net.
 
 Command: `python pipelines/benchmarks/label_efficiency.py --workdir /tmp/label_efficiency` (hours; it goes on where it
-stopped). A smoke run of a minute or two:
+stopped). A smoke run of a minute or two on two free cores:
 `python pipelines/benchmarks/label_efficiency.py --workdir /tmp/smoke --smoke`
 
-Protocol. The cases are split once by a fixed seed into validation (40), selection (20) and a pool (the rest). The masked
-autoencoder is pretrained on the images of the pool alone, without labels; images of validation and selection cases are
-never seen before they are predicted. For each seed, n labelled cases are drawn from the pool, the same ones for every
-arm; fewer are a part of more. Every arm has the same small grid of learning rates, the same steps, batches and plans; its
-rate is chosen per number of labels by the mean Dice of the first `--rate-seeds` seeds on the selection cases, and the
-Dice on the validation cases is then looked at for that rate alone. The last checkpoint of a run is its model. Untouched nnU-Net
-(default planner and trainer, its own 3d_fullres plans, default rate) gets 8 labelled cases and the CPU time that one
-fine-tuning run takes, and, in a second row, the CPU time of the pretraining on top.
+Protocol. The cases are split once by a fixed seed into validation (40), selection (20) and a pool (the rest). The
+masked autoencoder is pretrained on the images of the pool alone, without labels; images of validation and selection
+cases are never seen before they are predicted. For each seed, n labelled cases are drawn from the pool, the same ones
+for every arm; fewer are a part of more. Every arm has the same small grid of learning rates, the same steps, batches
+and plans. Its rate is chosen per number of labels by the mean Dice of the first `--rate-seeds` seeds on the selection
+cases, and the Dice on the validation cases is then looked at for that rate alone. The last checkpoint of a run is its
+model. Untouched nnU-Net (default planner and trainer, its own 3d_fullres plans, default rate) gets 8 labelled cases
+and the CPU time that one fine-tuning run takes, and, in a second row, the CPU time of the pretraining on top.
 
-Figures: mean Dice over labels in each case; intervals are percentile bootstraps over the validation cases with the seeds
-averaged in each case; differences are paired by case. Seeds are listed one by one, since three are too few for an
-interval of their own.
+Figures: mean Dice over labels in each case; intervals are percentile bootstraps over the validation cases with the
+seeds averaged in each case; differences are paired by case. Seeds are listed one by one, since three are too few for
+an interval of their own.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def dice_of(result: Any) -> dict[str, float]:
 
 
 def stock_budgets(options: argparse.Namespace, scores: dict[Run, dict[str, Any]]) -> dict[str, float]:
-    """Return the CPU seconds that untouched nnU-Net may use: of one fine-tuning run, and with the pretraining on top."""
+    """Return the CPU seconds that untouched nnU-Net may use: of one fine-tuning, and with the pretraining on top."""
     finetuning = float(np.median([score["train_cpu_s"] for score in scores.values()]))
     pretraining = json.loads((options.workdir / "pretraining.json").read_text())["cpu_s"]
     return {
