@@ -225,12 +225,14 @@ def finetune_segmentation(
     validation_cases: o.ValidationCases = None,
     learning_rate: o.LearningRate = None,
     schedule: o.Schedule = "warmup",
+    layer_decay: o.LayerDecay = 1.0,
     transfer_decoder: o.TransferDecoder = None,
     plans_from: o.PlansFrom = None,
     network: o.Network = None,
     patch_size: o.PatchSize = None,
     batch_size: o.BatchSize = None,
     spacing: o.TargetSpacing = None,
+    cache: o.Cache = None,
     laterality: o.Laterality = "forbid",
     seed: o.Seed = 0,
     device: o.Device = "auto",
@@ -256,12 +258,14 @@ def finetune_segmentation(
         validation_cases=_names(validation_cases),
         learning_rate=learning_rate,
         schedule=schedule,
+        layer_decay=layer_decay,
         transfer_decoder=transfer_decoder,
         plans_from=plans_from,
         network=network,
         patch_size=_numbers(patch_size, int, "--patch-size"),
         batch_size=batch_size,
         spacing=_spacing(spacing) if spacing else None,
+        cache=cache,
         laterality=laterality,
         seed=seed,
         device=device,
@@ -490,4 +494,4 @@ def _numbers(text: str | None, kind: type, option: str) -> Any:
 
 
 def _spacing(text: str) -> Any:
-    return text if text in ("median", "native") else _numbers(text, float, "--spacing")
+    return text if text in ("median", "native", "pretraining") else _numbers(text, float, "--spacing")

@@ -75,7 +75,13 @@ PlansFrom: TypeAlias = Annotated[Path | None, _option("Checkpoint whose plans a 
 Network: TypeAlias = Annotated[str | None, _option("Network of a run from scratch; see `medssl list networks`.")]
 PatchSize: TypeAlias = Annotated[str | None, _option("Voxels as Z,Y,X.")]
 BatchSize: TypeAlias = Annotated[int | None, _option("Crops per step.", min=1)]
-TargetSpacing: TypeAlias = Annotated[str | None, _option("median, or millimetres as Z,Y,X.", "--spacing")]
+TargetSpacing: TypeAlias = Annotated[
+    str | None, _option("median of the data set, pretraining, or millimetres as Z,Y,X.", "--spacing")
+]
+LayerDecay: TypeAlias = Annotated[
+    float, typer.Option(help="Factor on the rate per level from the decoder down to the stem; 1 is one rate for all.")
+]
+Cache: TypeAlias = Annotated[Path | None, _option("Folder for preprocessed data that several runs share.", "--cache")]
 Laterality: TypeAlias = Annotated[
     Literal["forbid", "swap-labels", "allow"],
     typer.Option(help="Left-right mirroring: forbid it, swap the labels of paired organs, or allow it."),
