@@ -50,10 +50,7 @@ def hints_of(root: Path, path: str) -> dict[str, str]:
         found["modality"] = _MODALITIES[suffix.group(1)]
     for name in reversed(hint_paths(path)):
         content = _read(root / name)
-        if name.endswith("dataset.json") and "channel_names" not in found:
-            found.update(_from_dataset(content, pure.name))
-        else:
-            found.update(_from_sidecar(content))
+        found.update(_from_dataset(content, pure.name) if name.endswith("dataset.json") else _from_sidecar(content))
     return found
 
 

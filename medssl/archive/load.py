@@ -17,7 +17,7 @@ from medssl.archive.keys import keys_of
 from medssl.archive.private import cache_path, read_sources
 from medssl.archive.pseudonym import open_user_key
 from medssl.archive.sandbox import HEADER_LIMITS, VOLUME_LIMITS, Limits, run_batch, run_limited
-from medssl.archive.tasks import FileTask, VolumeTask, load_planned, plan_series, read_file
+from medssl.archive.tasks import FileTask, VolumeTask, load_file_alone, load_planned, plan_series, read_file
 from medssl.archive.volume import Volume
 from medssl.errors import DataError, InputRefused, UsageError
 
@@ -152,10 +152,11 @@ def read_volume(path: Path, geometry: str = "strict", limits: Limits = VOLUME_LI
         InputRefused: If it cannot be used, with its code.
         UsageError: If it does not exist.
     """
-    volumes = read_any(path, geometry, limits)
-    if len(volumes) != 1:
-        raise InputRefused("dimensions_unsupported", f"the file holds {len(volumes)} volumes where one is expected")
-    return volumes[0]
+    if not path.exists():
+        raise UsageError(f"{path} does not exist. Check the path.")
+    volume = run_limited(load_file_alone, (str(path), geometry), limits)
+    assert isinstance(volume, Volume)
+    return volume
 
 
 def read_any(path: Path, geometry: str = "strict", limits: Limits = VOLUME_LIMITS) -> list[Volume]:

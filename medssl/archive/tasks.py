@@ -170,6 +170,32 @@ def load_planned(task: VolumeTask) -> Volume:
     return volume
 
 
+def load_file_alone(task: tuple[str, str]) -> Volume:
+    """Read one file that is a volume by itself, be it an image or a label.
+
+    Args:
+        task: Path and geometry policy.
+
+    Raises:
+        InputRefused: If it cannot be used or holds several volumes.
+        OSError: If it cannot be read.
+    """
+    from medssl.archive.sniff import sniff
+
+    path, geometry = Path(task[0]), cast("Geometry", task[1])
+    kind = sniff(path)
+    if kind != "dicom":
+        from medssl.archive.formats.read import load_file
+
+        return load_file(path, kind, path.parent, geometry)
+    from medssl.archive.dicom.series import read_series
+
+    volumes = read_series(path, geometry)
+    if len(volumes) != 1:
+        raise InputRefused("dimensions_unsupported", f"the file holds {len(volumes)} volumes where one is expected")
+    return volumes[0].volume
+
+
 def image_hints(root: Path, path: str) -> dict[str, str]:
     """Return modality and body part that stand beside an image file."""
     from medssl.archive.hints import hints_of

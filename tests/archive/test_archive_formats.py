@@ -453,3 +453,35 @@ def test_animations_are_refused(tmp_path):
     frames = [Image.fromarray(voxels((9, 11), seed, np.uint8)) for seed in range(3)]
     frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], pnginfo=PngImagePlugin.PngInfo())
     assert code_of(tmp_path / "a.png") == "dimensions_unsupported"
+
+
+def test_random_damage_of_headers_ends_in_an_image_or_a_code(tmp_path):
+    rng = np.random.default_rng(0)
+    image = sitk.GetImageFromArray(voxels((4, 5, 6)))
+    seeds = [write_nifti(tmp_path / "a.nii"), write_nifti(tmp_path / "b.nii.gz")]
+    for name in ("c.nrrd", "d.mha"):
+        sitk.WriteImage(image, str(tmp_path / name))
+    nib.save(nib.MGHImage(voxels((7, 6, 5), dtype=np.float32), np.eye(4)), tmp_path / "e.mgh")
+    for name in ("f.png", "g.jpg", "h.tif"):
+        Image.fromarray(voxels((19, 21, 3), dtype=np.uint8)).save(tmp_path / name)
+    seeds += [tmp_path / name for name in ("c.nrrd", "d.mha", "e.mgh", "f.png", "g.jpg", "h.tif")]
+    damaged, accepted = tmp_path / "damaged", 0
+    for number in range(400):
+        raw = bytearray(seeds[number % len(seeds)].read_bytes())
+        for position in rng.integers(0, min(len(raw), 600), rng.integers(1, 5)):
+            raw[position] = rng.integers(256)
+        if rng.random() < 0.2:
+            raw = raw[: rng.integers(1, len(raw))]
+        damaged.write_bytes(raw)
+        try:
+            kind = sniff(damaged)
+            if kind == "dicom":
+                continue
+            check_file(damaged, kind, tmp_path)
+            volume = load_file(damaged, kind, tmp_path, "repair")
+        except InputRefused as refusal:
+            assert refusal.code in CODES
+            continue
+        accepted += 1
+        assert np.isfinite(volume.array).all() and np.isfinite(volume.affine).all() and min(volume.spacing_mm) > 0
+    assert 10 < accepted < 390

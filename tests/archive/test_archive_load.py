@@ -111,6 +111,8 @@ def test_a_volume_whose_files_changed_since_is_not_loaded(tmp_path):
 
 def test_files_and_folders_are_read_without_an_index(archive, tmp_path):
     assert read_volume(archive / "four.nii.gz").shape == (3, 5, 6, 7)
+    mask = write_nifti(tmp_path / "labelsTr" / "mask.nii")
+    assert read_volume(mask).shape == (1, 5, 6, 7)  # a label is read where it is asked for
     found = find_series(archive)
     assert len(found.series) == 3
     assert [row[:2] for row in found.refused] == [("text", "not_an_image")]

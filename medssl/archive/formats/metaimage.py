@@ -68,7 +68,7 @@ def _read_header(path: Path, root: Path) -> TextHeader:
     sizes = integers(_need(fields, "DimSize"), count)
     kind = _need(fields, "ElementType").removesuffix("_ARRAY")
     if kind not in _BYTES:
-        raise InputRefused("dtype_unsupported", f"element type {kind}")
+        raise InputRefused("dtype_unsupported", "the MetaImage ElementType is no number")
     channels = integers(fields.get("ElementNumberOfChannels", "1"), 1)[0]
     flags = []
     spatial = min(count, 3)

@@ -99,10 +99,10 @@ def _read_header(path: Path, root: Path) -> TextHeader:
     sizes = integers(_need(fields, "sizes"), count)
     kind = " ".join(_need(fields, "type").lower().split())
     if kind not in _BYTES:
-        raise InputRefused("dtype_unsupported", f"type {kind[:40]}")
+        raise InputRefused("dtype_unsupported", "the NRRD type is no number")
     encoding = _need(fields, "encoding").lower()
     if encoding not in _ENCODINGS:
-        raise InputRefused("compression_unsupported", f"encoding {encoding[:40]}")
+        raise InputRefused("compression_unsupported", "the NRRD encoding is not raw, gzip or text")
     kinds = fields.get("kinds", "").lower().split() or ["domain"] * count
     if len(kinds) != count:
         raise InputRefused("header_invalid", f"{len(kinds)} kinds for {count} dimensions")
@@ -131,7 +131,9 @@ def _spatial_axes(fields: dict[str, str], kinds: list[str], count: int) -> tuple
     spatial, colour = [], False
     for axis, kind in enumerate(kinds):
         if kind in _NO_IMAGE_KINDS or re.match(r"\d+d-", kind):
-            raise InputRefused("dimensions_unsupported", f"axis of kind {kind[:40]}: a field, not an image")
+            raise InputRefused(
+                "dimensions_unsupported", "an axis holds vectors or complex numbers: a field, not an image"
+            )
         colour |= kind in ("rgb-color", "rgba-color")
         if kind not in _RANGE_KINDS and (directions is None or directions[axis] is not None):
             spatial.append(axis)
