@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -74,15 +75,20 @@ def start(store: Path, out: Path, steps: int, workers: int, *, resume: bool = Fa
     )
 
 
-def trial(store: Path, out: Path, whole: Path, steps: int, workers: int, moment: float) -> dict[str, Any]:
-    """Kill one run after `moment` seconds, resume it, and compare it with the whole one."""
-    killed = in_child(lambda: start(store, out, steps, workers), kill_after=moment)
+def trial(
+    store: Path, out: Path, whole: Path, steps: int, workers: int, seconds: float, rng: random.Random
+) -> dict[str, Any]:
+    """Kill one run at a random moment, resume it, and compare it with the whole one."""
+    moment = rng.uniform(0, seconds)
+    while not in_child(lambda: start(store, out, steps, workers), kill_after=moment):
+        # It was faster than the uninterrupted one and ended first: that is no kill.
+        shutil.rmtree(out)
+        moment = rng.uniform(0, seconds)
     logged = read_metrics(out)
     saved = sorted((out / FOLDER).glob("step_*.pth"))
     in_child(lambda: start(store, out, steps, workers, resume=True))
     return {
         "killed after (s)": round(moment, 2),
-        "killed": killed,
         "readers": workers,
         "steps logged": logged[-1]["step"] if logged else 0,
         "steps saved": step_of(saved[-1]) if saved else 0,
