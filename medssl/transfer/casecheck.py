@@ -173,4 +173,24 @@ def _load_other(dataset: RawDataset, case: Case) -> tuple[list[np.ndarray], np.n
             f"{case.name}: {case.label.name} has the spacing {list(mask_facts['spacing'])} mm, the image has "
             f"{list(facts['spacing'])}. Resample onto the image's grid, or copy its header if the voxels already match."
         )
+    _check_direction(case, facts)
     return list(image), mask
+
+
+def _check_direction(case: Case, facts: dict[str, Any]) -> None:
+    """Refuse volumes whose axes are not (z, y, x): readers other than nibabel's keep the axes of the file."""
+    if "sitk_stuff" not in facts:
+        return
+    direction = np.asarray(facts["sitk_stuff"]["direction"], dtype=np.float64).reshape(3, 3)
+    if not np.array_equal(np.abs(direction).argmax(axis=0), [0, 1, 2]):
+        raise DataError(
+            f"{case.name}: the axes of {case.images[0].name} are turned (direction {np.round(direction, 2).tolist()}), "
+            "and nnU-Net reads this format in the file's order: left and right would be mixed up. Write NIfTI; "
+            "`medssl convert` does."
+        )
+    if not np.array_equal(np.sign(np.diag(direction)), [-1, -1, 1]):
+        logger.warning(
+            "%s: %s does not run right, forward and up as pretrained kernels expect; NIfTI would be turned.",
+            case.name,
+            case.images[0].name,
+        )

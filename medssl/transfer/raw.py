@@ -13,6 +13,8 @@ from typing import Any
 from medssl.errors import DataError, UsageError, unknown_name
 
 NIFTI = (".nii", ".nii.gz")
+# One file of these may hold all channels, as colours; `check_case` then counts them.
+_PICTURES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def read_dataset(folder: Path) -> RawDataset:
         )
     channels = len(content["channel_names"])
     for case in cases.values():
-        if len(case.images) != channels:
+        holds_all = len(case.images) == 1 and content["file_ending"].lower() in _PICTURES
+        if len(case.images) != channels and not holds_all:
             raise DataError(
                 f"{case.name} has {len(case.images)} channel files ({', '.join(file.name for file in case.images)}); "
                 f"dataset.json knows {channels} channels ({', '.join(content['channel_names'].values())}). "

@@ -142,6 +142,12 @@ def write_start(
     write_text(out / "recipe.yaml", text)
 
 
+def write_claim(out: Path, settings: TrainingSettings) -> None:
+    """Say whose folder it is before anything else is in it, so that a run killed early can be replaced too."""
+    if not (out / "run.json").is_file():
+        _write_run(out, settings, finished=False)
+
+
 def write_end(out: Path, settings: TrainingSettings) -> None:
     """Mark the RUN as finished."""
     _write_run(out, settings, finished=True)

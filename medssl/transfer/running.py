@@ -112,6 +112,8 @@ def _make_trainer(
             driven = True
 
         trainer = Driven(deepcopy(plans), configuration, 0, deepcopy(raw.content), device)
+    # nnU-Net takes the first of the visible GPUs, whatever it is told.
+    trainer.device = device
     trainer.output_folder_base = str(out)
     trainer.output_folder = str(out / "fold_0")
     trainer.preprocessed_dataset_folder_base = str(preprocessed.parent)
@@ -162,7 +164,7 @@ def _kept_random_state() -> Iterator[None]:
 
 @contextmanager
 def _selected(device: torch.device) -> Iterator[None]:
-    """Make a CUDA device the present one: nnU-Net always takes number 0 of the visible ones, and so do we then."""
+    """Make a CUDA device the present one, for whatever is allocated without naming a device."""
     if device.type != "cuda" or not device.index:
         yield
         return

@@ -130,10 +130,10 @@ def finetune_segmentation(
         raw, checkpoint, settings, source, network=network, plans_from=plans_from, patch_size=patch_size,
         batch_size=batch_size, spacing=spacing, cache=cache,
     )  # fmt: skip
-    fresh = not out.exists()
     prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=runfiles.is_ours)
     with run_lock(out):
         runfiles.check_resumed(out, recipe)
+        runfiles.write_claim(out, settings)
         preprocessed = (cache or out / "preprocessed") / raw.name
         try:
             plans = _plans(
@@ -143,7 +143,7 @@ def finetune_segmentation(
             everything = sorted({*selection.train, *selection.validation})
             data = preprocess_cases(raw, plans, configuration, everything, preprocessed, workers=workers, quiet=quiet)
         except (DataError, UsageError):
-            if fresh:
+            if not resume:
                 shutil.rmtree(out)
             raise
         runfiles.write_start(
@@ -184,7 +184,7 @@ def _plans(
     quiet: bool,
 ) -> dict[str, Any]:
     written = out / "plans.json"
-    if written.is_file() and (out / "run.json").is_file():
+    if written.is_file() and (out / "recipe.yaml").is_file():
         plans: dict[str, Any] = json.loads(written.read_text())
         return plans
     facts = fingerprint(raw, selection.train, preprocessed / "fingerprint", workers=workers, quiet=quiet)

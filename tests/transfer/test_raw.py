@@ -194,3 +194,21 @@ def test_selections_that_cannot_work_are_refused(make_dataset: MakeDataset) -> N
         select_cases(dataset, labelled=5)
     with pytest.raises(UsageError, match="No case is left"):
         select_cases(dataset, validation_cases=list(dataset.cases))
+
+
+def test_axes_that_nnunet_would_mix_up_are_refused(make_dataset: MakeDataset) -> None:
+    import SimpleITK
+
+    folder = make_dataset(cases=2)
+    for case, direction in (("case0", np.eye(3)), ("case1", np.eye(3)[[2, 0, 1]])):
+        for part, name in (("imagesTr", f"{case}_0000"), ("labelsTr", case)):
+            source = folder / part / f"{name}.nii.gz"
+            image = SimpleITK.GetImageFromArray(np.asanyarray(nibabel.load(source).dataobj).transpose(2, 1, 0).copy())
+            image.SetDirection(direction.ravel().tolist())
+            SimpleITK.WriteImage(image, str(folder / part / f"{name}.nrrd"))
+            source.unlink()
+    _rewrite(folder, file_ending=".nrrd")
+    dataset = read_dataset(folder)
+    assert check_case(dataset, dataset.cases["case0"]) == (24, 24, 24)
+    with pytest.raises(DataError, match=r"case1: the axes of case1_0000.nrrd are turned.*Write NIfTI"):
+        check_case(dataset, dataset.cases["case1"])

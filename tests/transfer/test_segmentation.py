@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from medssl.errors import DataError, TrainingStopped, UsageError
+from medssl.networks.architecture import architecture
 from medssl.transfer.segmentation import finetune_segmentation
 from medssl.transfer.source import load_source
 
@@ -238,9 +239,82 @@ def test_bad_data_leave_nothing_behind(make_dataset: MakeDataset, checkpoint: Pa
     nibabel.save(
         nibabel.Nifti1Image(np.asanyarray(image.dataobj)[:-1], image.affine), folder / "labelsTr" / "case2.nii.gz"
     )
-    with pytest.raises(DataError, match=r"case2: case2.nii.gz has the shape"):
-        finetune_segmentation(folder, checkpoint, run, **SMALL)
-    assert not run.exists()
+    for overwrite in (False, True):
+        if overwrite:
+            (run / "preprocessed").mkdir(parents=True)
+            (run / "run.json").write_text('{"kind": "segmentation"}')
+        with pytest.raises(DataError, match=r"case2: case2.nii.gz has the shape"):
+            finetune_segmentation(folder, checkpoint, run, overwrite=overwrite, **SMALL)
+        assert not run.exists()
+
+
+def test_a_foreign_folder_is_not_overwritten(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    with pytest.raises(UsageError, match="was not written by this command"):
+        finetune_segmentation(make_dataset(), checkpoint, tmp_path / "thesis", overwrite=True, **SMALL)
+    assert (tmp_path / "thesis" / "chapter1.tex").is_file()
+
+
+def test_slices_of_volumes_train_a_network_of_two_dimensions(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    from medssl.networks.build import build_network
+    from medssl.training.checkpoint import save_checkpoint
+
+    plan = architecture("resenc-xs", 2)
+    facts = {"dimensions": 2, "in_channels": 1, **plan.to_json()}
+    save_checkpoint(
+        tmp_path / "flat.pth",
+        {
+            "network_weights": build_network("resenc-xs", dimensions=2, seed=0).state_dict(),
+            "medssl": {"architecture": facts, "patch_size": [24, 24], "spacing_mm": None, "trains_decoder": True},
+        },
+    )
+    folder = make_dataset()
+    run = finetune_segmentation(folder, tmp_path / "flat.pth", tmp_path / "run", **SMALL)
+    assert _final(run)["init_args"]["configuration"] == "2d"
+    assert tuple(_final(run)["inference_allowed_mirroring_axes"]) == (0,)
+    case = json.loads((run / "data.json").read_text())["validation_cases"][0]
+    assert nibabel.load(run / "validation" / f"{case}.nii.gz").shape == (24, 24, 24)
+
+
+def test_colour_pictures_train_a_network_of_two_dimensions(tmp_path: Path) -> None:
+    from PIL import Image
+
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for number in range(4):
+        mask = np.zeros((40, 48), dtype=np.uint8)
+        mask[10 + number : 30, 12:30] = 1
+        picture = rng.integers(0, 90, (40, 48, 3), dtype=np.uint8) + 100 * mask[..., None]
+        Image.fromarray(picture).save(folder / "imagesTr" / f"p{number}_0000.png")
+        Image.fromarray(mask).save(folder / "labelsTr" / f"p{number}.png")
+    content = {
+        "channel_names": {"0": "R", "1": "G", "2": "B"},
+        "labels": {"background": 0, "lesion": 1},
+        "numTraining": 4,
+        "file_ending": ".png",
+    }
+    (folder / "dataset.json").write_text(json.dumps(content))
+    run = finetune_segmentation(folder, None, tmp_path / "run", network="resenc-xs", **SMALL)
+    assert (run / "validation" / "p3.png").is_file()
+    assert _final(run)["network_weights"]["encoder.stem.convs.0.conv.weight"].shape == (16, 3, 3, 3)
+
+
+def test_regions_and_ignored_voxels_train(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
+    folder = make_dataset()
+    content = json.loads((folder / "dataset.json").read_text())
+    content |= {"labels": {"background": 0, "both": [1, 2], "right": 2, "ignore": 3}, "regions_class_order": [1, 2]}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    path = folder / "labelsTr" / "case0.nii.gz"
+    image = nibabel.load(path)
+    mask = np.asanyarray(image.dataobj).copy()
+    mask[:3] = 3
+    nibabel.save(nibabel.Nifti1Image(mask, image.affine), path)
+    run = finetune_segmentation(folder, checkpoint, tmp_path / "run", **SMALL)
+    assert _final(run)["network_weights"]["decoder.seg_layers.0.weight"].shape[0] == 2
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {"pseudo_dice/both", "pseudo_dice/right"} <= set(rows[-1])
 
 
 def test_options_that_exclude_each_other_are_refused(
@@ -290,3 +364,11 @@ def test_the_global_state_of_the_process_is_as_before(
     assert dict(os.environ) == environment and torch.equal(torch.get_rng_state(), state)
     assert capsys.readouterr().out == ""
     assert not caplog.records
+
+
+def test_the_pretrainings_spacing_is_an_option(make_dataset: MakeDataset, checkpoint: Path, tmp_path: Path) -> None:
+    folder = make_dataset()
+    run = finetune_segmentation(folder, checkpoint, tmp_path / "run", spacing="pretraining", **SMALL | {"steps": 1})
+    assert json.loads((run / "data.json").read_text())["spacing_mm"] == [1.0, 1.0, 1.0]
+    with pytest.raises(UsageError, match="spacing takes median, pretraining or millimetres"):
+        finetune_segmentation(folder, checkpoint, tmp_path / "other", spacing="native", **SMALL)

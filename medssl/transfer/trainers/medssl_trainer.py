@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_CHECKPOINTS = 300.0
 LINES_OF_LOSS = 2000
+_NO_OUTPUT = ("background", "ignore")
 _COUNTS = ("tp_hard", "fp_hard", "fn_hard")
 # Compiling takes minutes; only long runs earn it back.
 STEPS_WORTH_COMPILING = 20_000
@@ -293,7 +294,9 @@ class medSSLTrainer(nnUNetTrainer):
         # Over all voxels of all crops: nnU-Net's pseudo Dice, a figure to watch and not a result.
         total = 2 * hit + false + absent
         dice = np.divide(2 * hit, total, out=np.full(len(hit), np.nan), where=total > 0)
-        names = [name for name in self.dataset_json["labels"] if name not in ("background", "ignore")]
+        labels = {name: value for name, value in self.dataset_json["labels"].items() if name not in _NO_OUTPUT}
+        # Outputs follow the order of the regions, or of the labels' values.
+        names = list(labels) if self.label_manager.has_regions else sorted(labels, key=lambda name: labels[name])
         loss = float(np.mean([output["loss"] for output in outputs]))
         mean = float(np.nanmean(dice)) if np.any(np.isfinite(dice)) else float("nan")
         per_label = {f"pseudo_dice/{name}": float(value) for name, value in zip(names, dice, strict=True)}
