@@ -49,6 +49,10 @@ class IndexSummary:
         """Return the counts as plain types."""
         return {**asdict(self), "out": str(self.out), "exit_code": self.exit_code}
 
+    def __rich__(self) -> str:
+        """Return the same lines for rich, which would otherwise print the fields."""
+        return str(self).replace("[", r"\[")
+
     def __str__(self) -> str:
         """Return the counts in lines, each code with its meaning and remedy."""
         lines = [
