@@ -1,12 +1,13 @@
 """Masks from a trained model: voxel for voxel those of stock nnU-Net, within a budget of memory.
 
-Memory. Stock nnU-Net holds the logits of every class at both grids, twice in float64: for 512 x 512 x 800 voxels and
-three classes some 20 GB. Here the peak is
+Stock nnU-Net holds the logits of every class at both grids, and one class of them twice in float64. Here the image, its
+resampled copy, the window and the mask live in a budget (`memory_mb`) or in scratch files in the output folder; logits
+leave the sliding window row by row and become labels at once. For any number of voxels and classes the peak is
 
-    libraries (about 0.7 GB) + network and activations of one tile + `memory_mb` + one slab's temporaries
+    libraries (0.9 GB) + memory_mb + a quarter of it for one slab's temporaries + the network's activations of one tile
 
-for any number of voxels and classes: the image and its resampled copy live in the budget or in a scratch file in the
-output folder, logits leave the sliding window row by row and become labels at once. `tests/inference` measures it.
+A volume that fits is worked on whole, with nnU-Net's own functions. `tests/inference/test_memory.py` measures the
+bound, `pipelines/benchmarks/prediction_memory.py` compares it with stock nnU-Net.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _resample(
     whole = 24.0 * np.prod(image.shape[1:]) + 12.0 * np.prod(new_shape)
     for channel in range(image.shape[0]):
         if scheme.by_rows and not workspace.fits(whole):
-            resample_channel(image[channel], new_shape, scheme, out[channel], workspace.rows)
+            resample_channel(image[channel], new_shape, scheme, out[channel], workspace)
         else:
             one = image[channel : channel + 1]
             out[channel] = np.asarray(model.configuration.resampling_fn_data(one, new_shape, spacing, target))[0]

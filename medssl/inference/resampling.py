@@ -1,17 +1,16 @@
-"""nnU-Net's resampling, a slab of rows at a time.
+"""nnU-Net's resampling, a part at a time.
 
 nnU-Net resamples a whole volume at once in float64 (`skimage.transform.resize`, which is `scipy.ndimage.zoom` with
-`grid_mode=True`): output voxel o samples the input at (o + 0.5) * n_in / n_out - 0.5, edges repeated. An output row
-depends on few input rows: two for linear interpolation, and for cubic splines on those within the reach of the
-prefilter, whose impulse response falls by 0.268 a voxel (Unser, 1999), so that 32 rows leave 1e-18 of it. Each slab
-therefore equals the rows of the whole up to the rounding of float64.
+`grid_mode=True`): output voxel o samples the input at (o + 0.5) * n_in / n_out - 0.5, edges repeated. Linear
+interpolation makes an output row from two input rows, so rows can be made as soon as these are known. Cubic splines
+(Unser, 1999) reach further, but they are separable: first each slice in its plane, then all slices along axis 0, a
+block of columns at a time. Both equal the whole up to the rounding of float64.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,24 +18,25 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-SPLINE_HALO = 32  # rows beyond which the cubic prefilter cannot be seen in float64
+from medssl.inference.workspace import Workspace
+
+EDGE = 12  # voxels by which scipy repeats an edge before it filters, so that the border does not ring
+RELAX_EVERY = 32  # slices between two reliefs of the scratch files
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class RowResampler:
-    """How one channel goes from one grid to another, rows being slices along axis 0.
+    """How one channel goes from one grid to another by linear interpolation, rows being slices along axis 0.
 
     Args:
         shape_in: Input shape (Z, Y, X).
         shape_out: Output shape (Z, Y, X).
-        order: Spline order within the resampled axes: 0, 1 or 3.
         separate_axis: The axis that nnU-Net resamples apart, by nearest neighbour, or None.
     """
 
     shape_in: tuple[int, int, int]
     shape_out: tuple[int, int, int]
-    order: int
     separate_axis: int | None = None
 
     def needed(self, start: int, stop: int) -> tuple[int, int]:
@@ -44,9 +44,8 @@ class RowResampler:
         if self.separate_axis == 0:
             index = self.nearest_rows(0)[start:stop]
             return int(index.min()), int(index.max()) + 1
-        halo = SPLINE_HALO if self.order > 1 else 1
-        first = math.floor(self._coordinate(0, start)) - halo
-        last = math.ceil(self._coordinate(0, stop - 1)) + halo
+        first = math.floor(self._coordinate(0, start)) - 1
+        last = math.ceil(self._coordinate(0, stop - 1)) + 1
         return max(0, first), min(self.shape_in[0], last + 1)
 
     def ready(self, available: int, start: int) -> int:
@@ -61,6 +60,8 @@ class RowResampler:
     def apply(self, rows: Array, first: int, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Return output rows [start, stop).
 
+        Products and sums are taken in scipy's order, so that nearly all rounding ties fall the same way, too.
+
         Args:
             rows: Input rows from `first` on, covering `needed(start, stop)`. Shape: (z, Y, X).
             first: Index of the first row of `rows` in the input.
@@ -68,24 +69,29 @@ class RowResampler:
             stop: One past the last output row.
 
         Returns:
-            Shape: (stop - start, Y', X'), float64, not clipped.
+            Shape: (stop - start, Y', X'), float64.
         """
-        from scipy import ndimage
+        weights = [self._weights(axis) for axis in range(3)]
+        weights[0] = [(index[start:stop] - first, weight[start:stop]) for index, weight in weights[0]]
+        made = np.zeros((stop - start, *self.shape_out[1:]))
+        for z, z_weight in weights[0]:
+            along_z = rows[z].astype(np.float64) * z_weight[:, None, None]
+            for y, y_weight in weights[1]:
+                along_y = along_z[:, y] * y_weight[:, None]
+                for x, x_weight in weights[2]:
+                    made += along_y[:, :, x] * x_weight
+        return made
 
-        low, high = self.needed(start, stop)
-        slab = np.asarray(rows[low - first : high - first], dtype=np.float64)
-        ratio = [n_in / n_out for n_in, n_out in zip(self.shape_in, self.shape_out, strict=True)]
-        offset = [0.5 * r - 0.5 for r in ratio]
-        offset[0] = self._coordinate(0, start) - low
-        shape = [stop - start, self.shape_out[1], self.shape_out[2]]
-        if self.separate_axis is not None:
-            index = self.nearest_rows(self.separate_axis)
-            index = index[start:stop] - low if self.separate_axis == 0 else index
-            slab = np.take(slab, index, axis=self.separate_axis)
-            ratio[self.separate_axis], offset[self.separate_axis] = 1.0, 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # scipy reminds of a change of 2016 in what a 1-D matrix means
-            return ndimage.affine_transform(slab, ratio, offset, tuple(shape), order=self.order, mode="nearest")
+    def _weights(self, axis: int) -> list[tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]]:
+        """Return the input index and weight of each output index: one pair for nearest neighbour, else two."""
+        n_in, n_out = self.shape_in[axis], self.shape_out[axis]
+        if axis == self.separate_axis or n_in == n_out:
+            index = self.nearest_rows(axis)
+            return [(index, np.ones(index.size))]
+        centres = np.clip((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5, 0, n_in - 1)
+        below = np.floor(centres).astype(np.intp)
+        t = centres - below
+        return [(below, 1.0 - t), (np.minimum(below + 1, n_in - 1), t)]
 
     def nearest_rows(self, axis: int) -> npt.NDArray[np.intp]:
         """Return for each output index along `axis` the input index that nnU-Net's order 0 picks."""
@@ -135,7 +141,7 @@ class Scheme:
                 kwargs.get("order", 3),
                 kwargs.get("order_z", 0),
             )
-            known, out_dtype = order in (0, 1, 3) and not kwargs.get("is_seg", False), None
+            known, out_dtype = order in (1, 3) and not kwargs.get("is_seg", False), None
         elif name == "resample_torch_fornnunet":
             force, order, order_z = kwargs.get("force_separate_z"), 1, 0
             known = (
@@ -151,36 +157,79 @@ class Scheme:
 
 
 def resample_channel(
-    channel: Array,
-    shape_out: Sequence[int],
-    scheme: Scheme,
-    into: Array,
-    slab_rows: Callable[[float, int], int],
+    channel: Array, shape_out: Sequence[int], scheme: Scheme, into: Array, workspace: Workspace
 ) -> None:
-    """Resample one channel slab by slab into `into`, as nnU-Net's default function does it at once.
+    """Resample one channel part by part into `into`, as nnU-Net's default function does it at once.
 
     Args:
         channel: Shape: (Z, Y, X).
         shape_out: (Z', Y', X').
         scheme: With `by_rows` true.
         into: Receives the result in its own data type. Shape: `shape_out`.
-        slab_rows: `Workspace.rows`.
+        workspace: Gives the array between the two passes, and says how large a part may be.
     """
     shape_in = (channel.shape[0], channel.shape[1], channel.shape[2])
     z, y, x = (int(side) for side in shape_out)
     if scheme.separate_axis is not None:
         _resample_separately(channel, (z, y, x), scheme, into)
-        return
-    resampler = RowResampler(shape_in, (z, y, x), scheme.order)
-    # skimage clips a cubic result to the range of its input; a linear one cannot leave it.
-    bounds = _range(channel) if scheme.order > 1 else None
-    cost = 8.0 * (3 * max(1.0, shape_in[0] / z) * shape_in[1] * shape_in[2] + 2 * y * x)
-    step = slab_rows(cost, 8)
-    for start in range(0, z, step):
-        stop = min(z, start + step)
-        low, high = resampler.needed(start, stop)
-        made = resampler.apply(channel[low:high], low, start, stop)
-        into[start:stop] = made if bounds is None else np.clip(made, *bounds, out=made)
+    elif scheme.order > 1:
+        _resample_cubic(channel, (z, y, x), into, workspace)
+    else:
+        resampler = RowResampler(shape_in, (z, y, x))
+        ratio = max(1.0, shape_in[0] / z)
+        step = workspace.rows(8.0 * (2 * ratio * shape_in[1] * shape_in[2] + y * (shape_in[2] + 3 * x)))
+        for start in range(0, z, step):
+            stop = min(z, start + step)
+            low, high = resampler.needed(start, stop)
+            into[start:stop] = resampler.apply(channel[low:high], low, start, stop)
+            workspace.relax()
+
+
+def _resample_cubic(channel: Array, shape_out: tuple[int, int, int], into: Array, workspace: Workspace) -> None:
+    """Resample by cubic splines, the plane before axis 0, and clip to the range of the input as skimage does."""
+    depth = channel.shape[0]
+    flat = workspace.empty((depth, *shape_out[1:]), np.float64)
+    for row in range(depth):
+        flat[row] = _zoom_plane(channel[row], shape_out[1:])
+        if row % RELAX_EVERY == 0:
+            workspace.relax()
+    low, high = _range(channel)
+    columns = workspace.rows(8.0 * shape_out[2] * (3 * (depth + 2 * EDGE) + 3 * shape_out[0]))
+    for start in range(0, shape_out[1], columns):
+        part = slice(start, min(shape_out[1], start + columns))
+        into[:, part] = np.clip(_cubic_along_rows(flat[:, part], shape_out[0]), low, high)
+        workspace.relax()
+    workspace.release(flat)
+
+
+def _zoom_plane(plane: Array, shape_out: tuple[int, int]) -> Array:
+    from scipy import ndimage
+
+    if plane.shape == shape_out:
+        return plane
+    factors = [n_out / n_in for n_in, n_out in zip(plane.shape, shape_out, strict=True)]
+    # In float64 from the start, as nnU-Net does it.
+    return ndimage.zoom(plane.astype(np.float64), factors, order=3, mode="nearest", grid_mode=True)
+
+
+def _cubic_along_rows(block: Array, n_out: int) -> Array:
+    """Return a block resampled along axis 0 by cubic splines. Shape: (Z, Y, X) to (n_out, Y, X)."""
+    from scipy import ndimage
+
+    n_in = block.shape[0]
+    if n_in == n_out:
+        return block
+    padded = np.pad(block, ((EDGE, EDGE), (0, 0), (0, 0)), mode="edge")
+    coefficients = ndimage.spline_filter1d(padded, order=3, axis=0, output=np.float64, mode="nearest")
+    centres = (np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5 + EDGE
+    first = np.floor(centres).astype(np.intp)
+    t = centres - first
+    # The cubic B-spline at distances 1 + t, t, 1 - t and 2 - t.
+    weights = ((1 - t) ** 3 / 6, (4 - 6 * t**2 + 3 * t**3) / 6, (1 + 3 * t + 3 * t**2 - 3 * t**3) / 6, t**3 / 6)
+    made = np.zeros((n_out, *block.shape[1:]))
+    for offset, weight in zip((-1, 0, 1, 2), weights, strict=True):
+        made += weight[:, None, None] * coefficients[first + offset]
+    return made
 
 
 def _resample_separately(channel: Array, shape_out: tuple[int, int, int], scheme: Scheme, into: Array) -> None:
@@ -189,7 +238,7 @@ def _resample_separately(channel: Array, shape_out: tuple[int, int, int], scheme
 
     axis = scheme.separate_axis or 0
     shape_in = (channel.shape[0], channel.shape[1], channel.shape[2])
-    index = RowResampler(shape_in, shape_out, scheme.order, axis).nearest_rows(axis)
+    index = RowResampler(shape_in, shape_out, axis).nearest_rows(axis)
     in_plane = tuple(side for position, side in enumerate(shape_out) if position != axis)
     target = np.moveaxis(into, axis, 0)
     source = np.moveaxis(channel, axis, 0)

@@ -48,7 +48,7 @@ def restore(rows: Iterable[Array], prepared: Prepared, model: SegmentationModel,
     elif not scheme.by_rows or scheme.order > 1 or workspace.fits(_whole_cost(model.heads, shape_in, shape_out)):
         _whole(rows, (shape_in[0], shape_in[1], shape_in[2]), mask, current, target, model, workspace)
     else:
-        resampler = RowResampler((shape_in[0], shape_in[1], shape_in[2]), shape_out, scheme.order, scheme.separate_axis)
+        resampler = RowResampler((shape_in[0], shape_in[1], shape_in[2]), shape_out, scheme.separate_axis)
         _by_slabs(rows, resampler, mask, scheme.out_dtype or np.float16, model, workspace)
     return whole_mask.transpose(model.plans.transpose_backward)
 
@@ -109,8 +109,10 @@ def _by_slabs(
     plane_in = resampler.shape_in[1] * resampler.shape_in[2]
     plane_out = resampler.shape_out[1] * resampler.shape_out[2]
     ratio = max(1.0, resampler.shape_in[0] / resampler.shape_out[0])
-    # One class in float64 at both grids, every class in `dtype` at the output, argmax in int64.
-    step = workspace.rows(16.0 * ratio * plane_in + plane_out * (16.0 + model.heads * (np.dtype(dtype).itemsize + 4)))
+    # One class in float64 at both grids and between them, every class in `dtype` at the output, argmax in int64.
+    between = resampler.shape_out[1] * resampler.shape_in[2]
+    labels = plane_out * (24.0 + model.heads * (np.dtype(dtype).itemsize + 4))
+    step = workspace.rows(16.0 * ratio * plane_in + 8.0 * between + labels)
     kept: list[Array] = []
     first = start = available = 0
     for block in rows:
@@ -126,6 +128,7 @@ def _by_slabs(
             for row in range(stop - start):
                 mask[start + row] = _labels(logits[:, row : row + 1], model)[0]
             start = stop
+        workspace.relax()
         if start < resampler.shape_out[0]:
             low = max(first, resampler.needed(start, start + 1)[0])
             kept = [held[:, low - first :].copy()]

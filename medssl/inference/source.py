@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from medssl.archive.formats import nifti
-from medssl.archive.sniff import sniff
+from medssl.archive.sniff import Format, sniff
 from medssl.archive.volume import Volume
 from medssl.errors import InputRefused
 from medssl.inference.grid import Grid
@@ -68,9 +68,17 @@ def open_file(path: Path) -> Channel:
         return _open_nifti(path)
     if kind == "dicom":
         raise InputRefused("not_an_image", "a single DICOM file among volumes: give its series' folder as --input")
-    from medssl.archive.load import read_volume
+    from medssl.archive.sandbox import run_limited
 
-    return from_volume(read_volume(path))  # in a process with limits
+    return from_volume(run_limited(_load_file, (str(path), kind)))
+
+
+def _load_file(task: tuple[str, Format]) -> Volume:
+    """Decode a file; runs in a process with limits."""
+    from medssl.archive.formats.read import load_file
+
+    path = Path(task[0])
+    return load_file(path, task[1], path.parent)
 
 
 def from_volume(volume: Volume) -> Channel:
@@ -111,6 +119,7 @@ def read_image(channels: Sequence[Channel], reorient: bool, workspace: Workspace
     flags = {flag for channel in channels for flag in channel.flags}
     for target, channel in zip(array, channels, strict=True):
         channel.fill(grid.stored_view(target, reorient))
+        workspace.relax()
         if _replace_not_finite(target):
             flags.add("non_finite_replaced")
     return Image(array, grid.reader_spacing(reorient), grid, tuple(sorted(flags)))
@@ -126,7 +135,7 @@ def _open_nifti(path: Path) -> Channel:
         raise InputRefused("dimensions_unsupported", f"{layout.shape[0]} frames or colours where one value is needed")
     usable, flags = nifti.read_affine(path)
     try:
-        image: Any = nibabel.load(path, keep_file_open=True)
+        image: Any = nibabel.load(path, mmap=False, keep_file_open=True)
         shape = tuple(int(side) for side in image.shape)
         affine = np.asarray(image.affine, np.float64)
         zooms = tuple(float(side) for side in image.header.get_zooms()[:3])

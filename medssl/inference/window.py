@@ -92,6 +92,7 @@ class SlidingWindow:
                     advance()
             last = position + 1 == len(starts)
             done = self.tile[0] if last else starts[position + 1] - start
+            workspace.relax()
             finished = self._finish(logits, weights, done, start)
             if finished.shape[1]:
                 yield finished

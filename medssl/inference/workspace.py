@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,10 @@ MEBIBYTE = 1 << 20
 class Workspace:
     """Hands out arrays under one budget of working memory.
 
-    The budget counts what depends on the volume: the image, its resampled copy, the window's accumulators and the
-    temporaries of resampling. Python and its libraries (about 0.7 GB with torch and nnU-Net) and the network's own
-    activations come on top. An array that would pass the budget is backed by a scratch file in `folder`, which the
-    operating system can drop from memory at any time; the file has no name, so it vanishes with the process.
+    The budget counts what depends on the volume: the image, its resampled copy, the window's accumulators, the mask.
+    The temporaries of a slab may take a quarter of it on top, Python with torch and nnU-Net takes about 0.9 GB, and the
+    network its activations of one tile. An array that would pass the budget is backed by a scratch file in `folder`;
+    the file has no name, so it vanishes with the process, and `relax` keeps its pages out of the process's memory.
 
     Args:
         memory_mb: Budget in MiB, or None for 2048.
@@ -34,6 +36,7 @@ class Workspace:
         self.limit = (DEFAULT_MEMORY_MB if memory_mb is None else memory_mb) * MEBIBYTE
         self.folder = folder
         self.held = 0
+        self._files: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def empty(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised C-contiguous array; give it back with `release` when it is no longer needed."""
@@ -45,7 +48,9 @@ class Workspace:
             "%.0f MiB go to a scratch file: the budget of %.0f MiB is spent", size / MEBIBYTE, self.limit / MEBIBYTE
         )
         with tempfile.TemporaryFile(dir=self.folder) as scratch:
-            return np.memmap(scratch, dtype=dtype, mode="w+", shape=tuple(int(side) for side in shape))
+            array = np.memmap(scratch, dtype=dtype, mode="w+", shape=tuple(int(side) for side in shape))
+        self._files.add(array._mmap)  # type: ignore[attr-defined]
+        return array
 
     def zeros(self, shape: Sequence[int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return `empty` filled with zeros."""
@@ -58,6 +63,12 @@ class Workspace:
         """Take back the budget of an array of `empty` or `zeros` that is about to be dropped."""
         if not isinstance(array, np.memmap):
             self.held -= array.nbytes
+
+    def relax(self) -> None:
+        """Let go of the pages of scratch files that this process has touched; their content stays in the files."""
+        for file in self._files:
+            if not file.closed:
+                file.madvise(mmap.MADV_DONTNEED)
 
     def fits(self, size: float) -> bool:
         """Tell whether `size` further bytes stay within the budget."""
