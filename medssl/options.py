@@ -43,7 +43,7 @@ Geometry: TypeAlias = Annotated[
 ]
 KeyFile: TypeAlias = Annotated[
     Path | None,
-    _option("Secret of the pseudonyms; by default one is made in OUT/private.", envvar="MEDSSL_KEY_FILE"),
+    _option("Secret of the pseudonyms; by default your own, ~/.config/medssl/pseudonym.key.", envvar="MEDSSL_KEY_FILE"),
 ]
 Select: TypeAlias = Annotated[str | None, _option("SQL condition: \"modality = 'MR' AND body_part = 'BRAIN'\".")]
 Spacing: TypeAlias = Annotated[str, typer.Option(help="median, native, or millimetres as Z,Y,X: 1.5,1,1.")]
