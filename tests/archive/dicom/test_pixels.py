@@ -356,3 +356,52 @@ def test_paths_may_be_relative_to_a_root(tmp_path: Path) -> None:
     plan = only_volume(outcome(s.write(tmp_path, s.stack(4))))
     relative = replace(plan, paths=tuple(Path(path).name for path in plan.paths))
     assert s.world_error(load(relative, tmp_path)) < s.QUANTUM
+
+
+def enhanced_pet(code: str, reference: str = "20240229100000") -> FileDataset:
+    """Return an enhanced PET whose stored values map to the units of a UCUM code."""
+
+    def change(item: Dataset, number: int) -> None:
+        del item.PixelValueTransformationSequence
+        units, mapping = Dataset(), Dataset()
+        units.CodeValue = code
+        mapping.MeasurementUnitsCodeSequence = Items([units])
+        mapping.RealWorldValueSlope, mapping.RealWorldValueIntercept = 0.5, 0.0
+        item.RealWorldValueMappingSequence = Items([mapping])
+
+    tracer = Dataset()
+    tracer.RadionuclideTotalDose, tracer.RadionuclideHalfLife = 3.5e8, 6586.2
+    tracer.RadiopharmaceuticalStartDateTime = "20240229090000"
+    planes = s.stack(4, modality="PT", slope=0.5, intercept=0.0, add=1000.0)
+    whole = s.enhanced(planes, change, RadiopharmaceuticalInformationSequence=Items([tracer]), PatientWeight=70)
+    whole.SOPClassUID = "1.2.840.10008.5.1.4.1.1.130"
+    whole.DecayCorrected = whole.AttenuationCorrected = "YES"
+    whole.DecayCorrectionDateTime = reference
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("code", "reference", "factor"),
+    [
+        ("Bq/ml", "20240229100000", 70_000 / 3.5e8 * 2 ** (3600 / 6586.2)),
+        ("Bq/ml", "20240229090000", 70_000 / 3.5e8),
+        ("{SUVbw}g/ml", "", 1.0),
+    ],
+)
+def test_enhanced_pet_is_in_suv_by_body_weight(tmp_path: Path, code: str, reference: str, factor: float) -> None:
+    volume = load(only_volume(outcome(s.write(tmp_path, [enhanced_pet(code, reference)]))))
+    z, y, x = np.mgrid[:4, : s.ROWS, : s.COLUMNS]
+    truth = s.field(np.stack([x, y, z], -1) @ volume.affine[:3, :3].T + volume.affine[:3, 3]) + 1000
+    assert np.abs(volume.array[0] / factor - truth).max() < 0.26
+
+
+@pytest.mark.parametrize(("code", "reference"), [("Bq/ml", ""), ("{counts}", "20240229100000")])
+def test_enhanced_pet_that_needs_guessing_is_refused(tmp_path: Path, code: str, reference: str) -> None:
+    assert codes(outcome(s.write(tmp_path, [enhanced_pet(code, reference)]))) == {"suv_unavailable"}
+
+
+def test_enhanced_ct_without_a_value_transformation_is_refused(tmp_path: Path) -> None:
+    def change(item: Dataset, number: int) -> None:
+        del item.PixelValueTransformationSequence
+
+    assert codes(outcome(s.write(tmp_path, [s.enhanced(s.stack(4), change)]))) == {"hu_unavailable"}
