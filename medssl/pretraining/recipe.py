@@ -136,7 +136,8 @@ def settle(values: Mapping[str, Any], store: Store, machine: Machine, where: str
     choose("log_every", max(1, min(50, steps // 100)))
     log_every = chosen.get("log_every", given.log_every)
     choose("health_every", log_every * 5)
-    choose("validate_every", log_every * 10 if store.ids_of("validation") else 0)
+    if choose("validate_every", log_every * 10 if store.ids_of("validation") else 0) and not store.ids_of("validation"):
+        raise UsageError(f"validate_every: {store.folder} has no validation volumes. Set validate_every=0.")
     choose("pictures_every", max(50, steps // 10))
     chosen["devices"] = machine.devices
     recipe = given.model_copy(update=chosen)

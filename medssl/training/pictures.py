@@ -51,14 +51,15 @@ def draw_grid(images: Mapping[str, Tensor], spacing_mm: Sequence[float], title: 
 
     columns = {name: image.detach().float().cpu().numpy()[:MOST_SAMPLES, 0] for name, image in images.items()}
     rows = [cut for sample in range(len(next(iter(columns.values())))) for cut in _cuts(columns, sample, spacing_mm)]
-    width, height = INCHES * len(columns) + 0.3, INCHES * len(rows) + 0.6
+    # Each row is as high as its slices are in the patient.
+    shares = [float(np.clip(slices[0].shape[0] * aspect / slices[0].shape[1], 0.2, 3)) for _, slices, aspect in rows]
+    width, height = INCHES * len(columns) + 0.3, INCHES * sum(shares) + 0.6
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, y=1 - 0.08 / height, va="top")
     # Fixed margins: matplotlib's search for good ones takes longer than all the drawing.
     margins = {"left": 0.25 / width, "right": 1 - 0.05 / width, "bottom": 0.05 / height, "top": 1 - 0.5 / height}
-    axes = np.asarray(
-        figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={**margins, "wspace": 0.03, "hspace": 0.03})
-    )
+    spaces = {"wspace": 0.03, "hspace": 0.03, "height_ratios": shares}
+    axes = np.asarray(figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={**margins, **spaces}))
     for row, (line, (label, slices, aspect)) in enumerate(zip(axes, rows, strict=True)):
         low, high = _range(slices[0])
         for axis, name, content in zip(line, columns, slices, strict=True):

@@ -203,6 +203,16 @@ def test_a_store_without_training_volumes_is_refused(tmp_path: Path) -> None:
         run(folder, tmp_path / "run")
 
 
+def test_validation_without_validation_volumes_is_refused_where_it_is_asked_for_and_else_left_out(
+    tmp_path: Path,
+) -> None:
+    folder = make_store(tmp_path / "store", count=2, validation=0).folder
+    with pytest.raises(UsageError, match="no validation volumes"):
+        run(folder, tmp_path / "run", "validate_every=2")
+    run(folder, tmp_path / "run", "validate_every=0", steps=1)
+    assert "validation/loss" not in read_metrics(tmp_path / "run")[0]
+
+
 def test_an_output_that_is_taken_is_refused_and_another_commands_is_never_removed(
     store: Path, finished: Path, tmp_path: Path
 ) -> None:
