@@ -53,7 +53,9 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     health = [name for name in columns if name.startswith("health/")]
     other = ["steps_per_second", "waiting_for_data", "gpu_memory_gib"]
     terms = [name for name in columns if name not in {*used, *rate, *health, *other}]
-    take("Loss terms", "value", terms)
+    norms = [name for name in terms if name.startswith("gradient")]
+    take("Loss terms", "value", [name for name in terms if name not in norms])
+    take("Gradient norm", "norm", norms)
     take("Learning rate", "rate", rate)
     for name in health:
         take(f"Health: {name.removeprefix('health/').replace('_', ' ')}", "value", [name])
