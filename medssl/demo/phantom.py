@@ -14,7 +14,7 @@ import numpy as np
 from medssl.demo.anatomy import body
 from medssl.demo.appearance import CT_HU, CtLook, MrLook, finish_ct, finish_mr, table_and_mattress
 from medssl.demo.parts import ORGANS, Body
-from medssl.demo.shapes import Point
+from medssl.demo.shapes import Point, Vector
 
 __all__ = ["ORGANS", "Body", "CtLook", "Grid", "MrLook", "body", "ct", "labels", "mr"]
 
@@ -89,14 +89,15 @@ def labels(person: Body, where: Grid, *, breath_mm: float = 0.0, organs: Mapping
         organs: Number of each organ; those left out become 0.
     """
     numbers = ORGANS if organs is None else organs
-    points = person.inside(where.points(), breath_mm)
-    label = np.zeros(points[0].shape, np.uint8)
-    for part in person.parts:
+    everywhere = person.inside(where.points(), breath_mm)
+    label = np.zeros(everywhere[0].size, np.uint8)
+    deep, points = _under_skin(person, everywhere)
+    for part in person.parts[1:]:
         if part.organ is None:
             continue
         near = _within(points, part.box)
-        inside = near[part.shape(tuple(axis[near] for axis in points)) < 0]
-        label[inside] = numbers.get(part.organ, 0)
+        inside = near[part.shape(_take(points, near)) < 0]
+        label[deep[inside]] = numbers.get(part.organ, 0)
     return label.reshape(where.shape)
 
 
@@ -114,9 +115,12 @@ def _paint_values(
         if couch:
             for tissue, shape in table_and_mattress(person.back * float(person.scale[1])):
                 _blend(value, np.arange(value.size), shape(world), soft, table[tissue])
-        for part in person.parts:
+        skin = person.parts[0]
+        _blend(value, np.arange(value.size), skin.shape(points), soft, table[skin.tissue])
+        deep, points = _under_skin(person, points)
+        for part in person.parts[1:]:
             near = _within(points, part.box)
-            _blend(value, near, part.shape(tuple(axis[near] for axis in points)), soft, table[part.tissue])
+            _blend(value, deep[near], part.shape(_take(points, near)), soft, table[part.tissue])
         total += value
     return (total / thin).reshape(where.shape)
 
@@ -128,7 +132,17 @@ def _blend(value: np.ndarray, near: np.ndarray, distance: np.ndarray, soft: np.f
     value[near] += share * (np.float32(level) - value[near])
 
 
-def _within(points: Point, box: tuple) -> np.ndarray:
+def _under_skin(person: Body, points: Point) -> tuple[np.ndarray, Point]:
+    """Return the points inside the body, and their positions among all: nothing is painted outside."""
+    deep = np.flatnonzero(person.parts[0].shape(points) < -1.5)
+    return deep, _take(points, deep)
+
+
+def _take(points: Point, chosen: np.ndarray) -> Point:
+    return points[0][chosen], points[1][chosen], points[2][chosen]
+
+
+def _within(points: Point, box: tuple[Vector, Vector]) -> np.ndarray:
     low, high = box
     keep = np.ones(points[0].shape, bool)
     for axis in range(3):
