@@ -27,7 +27,7 @@ def is_nnunet_folder(folder: Path) -> bool:
 
 
 class NnunetStore(Store):
-    """A folder `nnUNet_preprocessed/DatasetXXX/nnUNetPlans_3d_fullres`, or one of nnssl.
+    """A folder such as `nnUNet_preprocessed/DatasetXXX/nnUNetPlans_3d_fullres`.
 
     Spacing comes from the plans, the modality from the channel names, the split from the first fold of
     `splits_final.json`. A case is its own patient. Voxels of the foreground are found on first use: nnU-Net keeps them

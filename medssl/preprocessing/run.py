@@ -137,7 +137,7 @@ def preprocess(
     with runner(workers, executor, scheduler) as run:
         info = store_info(options, source, out, run, resume=resume, quiet=quiet)
         writer = StoreWriter(out, info, resume=resume)
-        todo = [job for job in source.jobs if not writer.complete(job.volume_id)]
+        todo = _incomplete(source.jobs, writer, resume, quiet)
         failures = _process(todo, plan_of(info), out, run, quiet)
     write_json(out / FAILED_FILE, {"volumes": failures})
     volumes = len(source.jobs) - len(failures)
@@ -152,6 +152,19 @@ def preprocess(
         spacing_mm=info["spacing"]["mm"],
         seconds=time.monotonic() - started,
     )
+
+
+def _incomplete(jobs: Sequence[Job], writer: StoreWriter, resume: bool, quiet: bool) -> list[Job]:
+    """Return the volumes that are not in the store yet."""
+    if not resume:
+        return list(jobs)
+    todo = []
+    with progress("Checking what is there", len(jobs), quiet=quiet) as advance:
+        for job in jobs:
+            if not writer.complete(job.volume_id):
+                todo.append(job)
+            advance()
+    return todo
 
 
 def _process(jobs: Sequence[Job], plan: Plan, out: Path, run: Runner, quiet: bool) -> list[dict[str, str]]:
