@@ -117,7 +117,7 @@ def require_known(case: str, which: str, mask: Mask, labels: Labels, ignore: int
     if not found <= known:
         raise DataError(
             f"{case}: the {which} has values {sorted(found)}; known are {sorted(known)}. "
-            "Fix the mask, or name all labels with --labels or in dataset.json."
+            "Fix the mask, or name all labels in dataset.json."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,18 +160,22 @@ def evaluate_segmentation(
     said in `medssl.evaluation.overlap` and in the output.
 
     Args:
-        predictions: Folder of masks (`<case>.nii.gz`), or one mask.
-        references: Folder of masks of the same names, or one mask.
+        predictions: Folder of masks (`<case>.nii.gz`), one mask, or a segmentation RUN, whose validation masks are meant.
+        references: Folder of masks of the same names, one mask, or an nnU-Net raw data set, whose `labelsTr` are meant.
         out: Where to write, or None to only return.
         labels: Value, or values of a region, by name. By default those of `dataset.json` in or beside either folder,
             else every value that the references hold.
-        cases: Only these cases.
+        cases: Only these cases; for a RUN its validation cases.
         seed: Of the bootstrap.
         quiet: Show no progress.
 
     Raises:
         DataError: If masks cannot be read, do not lie on one grid, or hold unknown values, or no case is left.
     """
+    if cases is None:
+        cases = _listed_cases(predictions)
+    predictions = predictions / "validation" if (predictions / "run.json").is_file() else predictions
+    references = references / "labelsTr" if (references / "labelsTr").is_dir() else references
     found, wanted = mask_files(predictions), mask_files(references)
     if predictions.is_file() and references.is_file() and len(found) == len(wanted) == 1:
         found = dict(zip(wanted, found.values(), strict=True))
@@ -274,6 +279,16 @@ def _case(name: str, prediction: Path | None, reference: Path, labels: Labels, i
         measured = scores(np.isin(made, values), np.isin(truth.labels, values), truth.spacing_mm)
         rows.append(CaseScores(name, label, measured, prediction is None))
     return rows
+
+
+def _listed_cases(predictions: Path) -> list[str] | None:
+    """Return the validation cases that a RUN names, so that those it was trained on do not count as missed."""
+    for folder in (predictions, predictions / "validation"):
+        try:
+            return sorted(json.loads((folder / "references.json").read_text())["cases"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def _labels_of(references: Sequence[Path]) -> Labels:

@@ -179,3 +179,31 @@ def test_folders_that_share_no_case_are_an_error(folders: tuple[Path, Path], tmp
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no mask"):
         evaluate_segmentation(folders[0], tmp_path / "empty", quiet=True)
+
+
+def test_a_run_is_measured_on_its_validation_cases_against_its_raw_data_set(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    predictions, references = folders
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text('{"kind": "segmentation"}')
+    predictions.rename(run / "validation")
+    (run / "validation" / "references.json").write_text(json.dumps({"folder": "gone", "cases": {"a": {}, "b": {}}}))
+    (run / "validation" / "b.nii.gz").unlink()
+    for where in (run, run / "validation"):
+        result = evaluate_segmentation(where, references.parent, quiet=True)
+        assert result.cases == ("a", "b") and result.missing == ("b",)
+
+
+def test_masks_in_other_formats_and_named_as_labels_are_read(tmp_path: Path) -> None:
+    import SimpleITK
+
+    write(tmp_path / "truth" / "a.nii.gz", block())
+    image = SimpleITK.ReadImage(str(tmp_path / "truth" / "a.nii.gz"))
+    (tmp_path / "labels").mkdir()
+    SimpleITK.WriteImage(image, str(tmp_path / "labels" / "a.nrrd"))
+    assert (
+        evaluate_segmentation(tmp_path / "labels", tmp_path / "truth", quiet=True).per_label("label 1", "dice").mean
+        == 1
+    )
