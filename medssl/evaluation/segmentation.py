@@ -160,8 +160,8 @@ def evaluate_segmentation(
     said in `medssl.evaluation.overlap` and in the output.
 
     Args:
-        predictions: Folder of masks (`<case>.nii.gz`), one mask, or a segmentation RUN, whose validation masks are meant.
-        references: Folder of masks of the same names, one mask, or an nnU-Net raw data set, whose `labelsTr` are meant.
+        predictions: Folder of masks (`<case>.nii.gz`), one mask, or a segmentation RUN (its `validation`).
+        references: Folder of masks of the same names, one mask, or an nnU-Net raw data set (its `labelsTr`).
         out: Where to write, or None to only return.
         labels: Value, or values of a region, by name. By default those of `dataset.json` in or beside either folder,
             else every value that the references hold.
