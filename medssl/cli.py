@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from dataclasses import asdict
@@ -10,12 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from medssl import __version__, registry
 from medssl import options as o
 from medssl.errors import EXIT_FAILURE, EXIT_OK, MedsslError, UsageError
+from medssl.screen import complain, finish, say, show, table
 
 app = typer.Typer(
     name="medssl",
@@ -34,12 +32,6 @@ app.add_typer(finetune_app, name="finetune")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(list_app, name="list")
 
-#: Columns of a list that may be folded; the others hold names.
-PROSE = {"summary", "source", "title", "transforms", "meaning", "remedy", "detail"}
-
-screen = Console()
-errors = Console(stderr=True)
-
 
 def main() -> None:
     """Run the command line; an error a user can act on is one message and its exit code, not a traceback."""
@@ -47,16 +39,16 @@ def main() -> None:
     try:
         app()
     except MedsslError as error:
-        errors.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(f"Error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("Stopped. The same command with --resume goes on from here.")
+        complain("Stopped. The same command with --resume goes on from here.")
         sys.exit(130)
 
 
 def _version(value: bool) -> None:
     if value:
-        screen.print(f"medssl {__version__} (research use only: not a medical device)")
+        say(f"medssl {__version__} (research use only: not a medical device)")
         raise typer.Exit(EXIT_OK)
 
 
@@ -89,7 +81,7 @@ def index(
     """
     from medssl.archive.index import index as run
 
-    _finish(
+    finish(
         run(
             sources,
             out,
@@ -123,7 +115,7 @@ def convert(
     """
     from medssl.archive.convert import convert as run
 
-    _finish(
+    finish(
         run(
             sources,
             out,
@@ -159,7 +151,7 @@ def preprocess(
     """
     from medssl.preprocessing.run import preprocess as run
 
-    _finish(
+    finish(
         run(
             index,
             out,
@@ -210,7 +202,7 @@ def pretrain(
         workers=workers,
         quiet=quiet,
     )
-    screen.print(f"Checkpoint: {result}\nLook at it: medssl report {out}", highlight=False, soft_wrap=True)
+    say(f"Checkpoint: {result}\nLook at it: medssl report {out}")
 
 
 @finetune_app.command("segmentation")
@@ -274,7 +266,7 @@ def finetune_segmentation(
         overwrite=overwrite,
         quiet=quiet,
     )
-    screen.print(f"Model: {out}\nLook at it: medssl report {out}", highlight=False, soft_wrap=True)
+    say(f"Model: {out}\nLook at it: medssl report {out}")
 
 
 @app.command()
@@ -296,7 +288,7 @@ def predict(
     """
     from medssl.inference.predict import predict as run
 
-    _finish(
+    finish(
         run(
             model,
             input,
@@ -327,12 +319,13 @@ def evaluate_segmentation(
     from medssl.evaluation.segmentation import evaluate_segmentation as run
 
     result = run(predictions, references, out)
-    _show(result, as_json)
+    show(result, as_json)
 
 
 @app.command()
 def compare(
     runs: o.Runs,
+    common_cases: o.CommonCases = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Compare runs case by case: paired differences with intervals.
@@ -341,7 +334,7 @@ def compare(
     """
     from medssl.evaluation.compare import compare as run
 
-    _show(run(runs), as_json)
+    show(run(runs, common_cases=common_cases), as_json)
 
 
 @app.command()
@@ -357,7 +350,7 @@ def export(
     """
     from medssl.transfer.export import export as write
 
-    screen.print(f"Written: {write(run, format, out, plans=plans)}", highlight=False, soft_wrap=True)
+    say(f"Written: {write(run, format, out, plans=plans)}")
 
 
 @app.command("import")
@@ -372,7 +365,7 @@ def import_(
     """
     from medssl.transfer.importing import import_checkpoint
 
-    _show(import_checkpoint(file, out), as_json)
+    show(import_checkpoint(file, out), as_json)
 
 
 @app.command()
@@ -383,19 +376,19 @@ def report(run: o.Run) -> None:
     """
     from medssl.report.page import report as write
 
-    screen.print(f"Report: {write(run)}", highlight=False, soft_wrap=True)
+    say(f"Report: {write(run)}")
 
 
 @list_app.command("methods")
 def list_methods(as_json: o.AsJson = False) -> None:
     """Pretraining methods."""
-    _table("Methods", registry.METHODS.values(), as_json)
+    table("Methods", registry.METHODS.values(), as_json)
 
 
 @list_app.command("networks")
 def list_networks(as_json: o.AsJson = False) -> None:
     """Networks."""
-    _table("Networks", registry.NETWORKS.values(), as_json)
+    table("Networks", registry.NETWORKS.values(), as_json)
 
 
 @list_app.command("policies")
@@ -403,7 +396,7 @@ def list_policies(as_json: o.AsJson = False) -> None:
     """Augmentation policies by purpose and modality."""
     from medssl.augmentation.policy import list_policies as policies
 
-    _table("Policies", policies(), as_json)
+    table("Policies", policies(), as_json)
 
 
 @list_app.command("codes")
@@ -411,7 +404,7 @@ def list_codes(as_json: o.AsJson = False) -> None:
     """Reason codes of refusals, related objects, repairs and flags, and what to do about each."""
     from medssl.archive.codes import CODES
 
-    _table("Codes", [asdict(code) for code in CODES.values()], as_json)
+    table("Codes", [asdict(code) for code in CODES.values()], as_json)
 
 
 @app.command()
@@ -426,7 +419,7 @@ def doctor(
     from medssl.doctor import examine
 
     findings = examine(model)
-    _table("Findings", findings, as_json)
+    table("Findings", findings, as_json)
     if any(finding.verdict == "broken" for finding in findings):
         raise typer.Exit(EXIT_FAILURE)
 
@@ -445,39 +438,6 @@ def demo(
     from medssl.demo.run import demo as run
 
     run(out, quick=quick, overwrite=overwrite, quiet=quiet)
-
-
-def _finish(summary: Any, out: Path, as_json: bool) -> None:
-    _show(summary, as_json)
-    if not as_json:
-        screen.print(f"Result: {out}", highlight=False, soft_wrap=True)
-    raise typer.Exit(summary.exit_code)
-
-
-def _show(result: Any, as_json: bool) -> None:
-    if as_json:
-        sys.stdout.write(json.dumps(result.to_json(), indent=2) + "\n")
-    else:
-        screen.print(result, highlight=False)
-
-
-def _table(title: str, entries: Any, as_json: bool) -> None:
-    rows = [entry if isinstance(entry, dict) else entry.row() for entry in entries]
-    if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        return
-    table = Table(title=title)
-    for name in rows[0] if rows else ():
-        table.add_column(name, no_wrap=name not in PROSE, overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row.values()))
-    screen.print(table)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
-    return f"{value / 1e6:.1f} M" if isinstance(value, int) and value > 1e5 else str(value)
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -9,11 +9,11 @@ import typer
 
 
 def _option(text: str, *names: str, **more: object) -> typer.models.OptionInfo:
-    return typer.Option(*names, help=text, show_default=False, **more)  # type: ignore[arg-type, return-value, call-overload, no-any-return]
+    return typer.Option(*names, help=text, show_default=False, **more)  # type: ignore[arg-type]
 
 
 def _argument(text: str) -> typer.models.ArgumentInfo:
-    return typer.Argument(help=text, show_default=False)  # type: ignore[no-any-return]
+    return typer.Argument(help=text, show_default=False)
 
 
 Sources: TypeAlias = Annotated[list[Path], _argument("Folders or files of the archive.")]
@@ -96,9 +96,14 @@ StepSize: TypeAlias = Annotated[
 Mirroring: TypeAlias = Annotated[
     bool | None, _option("By default where the model's policy allows it.", "--mirroring/--no-mirroring")
 ]
-MemoryMb: TypeAlias = Annotated[int | None, _option("Memory that accumulating the result may take.", min=256)]
+MemoryMb: TypeAlias = Annotated[
+    int | None, _option("Working memory in MiB, 2048 by default; the rest goes to scratch files in --out.", min=256)
+]
 Predictions: TypeAlias = Annotated[Path, _option("Folder of masks, or a segmentation RUN.")]
 References: TypeAlias = Annotated[Path, _option("Folder of reference masks, or an nnU-Net raw data set.")]
+CommonCases: TypeAlias = Annotated[
+    bool, _option("Where the runs have different cases, compare those they share.", "--common-cases")
+]
 Format: TypeAlias = Annotated[Literal["nnunet", "nnssl", "safetensors"], typer.Option(help="Who shall read it.")]
 Plans: TypeAlias = Annotated[Path | None, _option("nnU-Net plans the file shall fit (--format nnunet).")]
 DemoOut: TypeAlias = Annotated[Path, typer.Option("--out", help="Folder for the result.")]

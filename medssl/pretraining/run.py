@@ -77,6 +77,8 @@ def pretrain(
         TrainingStopped: If a guard stopped the run.
         Interrupted: If a signal did, after it was saved.
     """
+    if method is not None:
+        registry.method(method)
     source, out = Store.open(store), Path(out)
     before = stored_recipe(out) if resume else None
     values = read_yaml(recipe) if recipe is not None else dict(before or {})
