@@ -66,6 +66,9 @@ Labelled: TypeAlias = Annotated[int | None, _option("Use only so many labelled c
 TrainCases: TypeAlias = Annotated[str | None, _option("Names of training cases, with commas.")]
 ValidationCases: TypeAlias = Annotated[str | None, _option("Names of validation cases, with commas.")]
 LearningRate: TypeAlias = Annotated[float | None, _option("Peak rate; by default what fits schedule and checkpoint.")]
+Optimiser: TypeAlias = Annotated[
+    Literal["auto", "sgd", "adamw"], typer.Option(help="sgd is nnU-Net's; auto takes adamw for less than 5000 steps.")
+]
 Schedule: TypeAlias = Annotated[str, typer.Option(help="warmup, sawtooth, frozen, poly or constant.")]
 TransferDecoder: TypeAlias = Annotated[
     bool | None,

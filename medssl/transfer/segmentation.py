@@ -19,7 +19,7 @@ from medssl.transfer.plans import configuration_name, make_plans
 from medssl.transfer.preprocessed import preprocess_cases
 from medssl.transfer.raw import RawDataset, read_dataset
 from medssl.transfer.running import resolve_device, run_trainer
-from medssl.transfer.schedule import PRETRAINED_RATE, SCRATCH_RATE
+from medssl.transfer.schedule import choose_optimiser, default_rate
 from medssl.transfer.selection import Selection, select_cases
 from medssl.transfer.settings import TrainingSettings
 from medssl.transfer.source import Source, load_source
@@ -36,6 +36,7 @@ def finetune_segmentation(
     val_every: int = 100,
     val_batches: int = 8,
     learning_rate: float | None = None,
+    optimiser: str = "auto",
     schedule: str = "warmup",
     warmup_fraction: float = 0.1,
     frozen_fraction: float = 0.2,
@@ -71,7 +72,8 @@ def finetune_segmentation(
         steps: Steps of the optimiser.
         val_every: Steps between two looks at the validation cases; a checkpoint is written at each.
         val_batches: Batches of each look.
-        learning_rate: Peak rate; by default 1e-3 with a checkpoint and 1e-2 from scratch, as in the references.
+        learning_rate: Peak rate; by default 1e-3, and 1e-2 for SGD from scratch, as in the references.
+        optimiser: `sgd` (nnU-Net's), `adamw`, or `auto`: AdamW where the steps are too few for SGD.
         schedule: warmup, sawtooth, frozen, poly or constant.
         warmup_fraction: Part of the run in which the rate rises.
         frozen_fraction: Part at the start in which the encoder stands still (sawtooth, frozen).
@@ -112,14 +114,13 @@ def finetune_segmentation(
     selection = select_cases(
         raw, train_cases=train_cases, validation_cases=validation_cases, labelled=labelled, seed=seed
     )
-    chosen_rate = (
-        learning_rate if learning_rate is not None else (SCRATCH_RATE if checkpoint is None else PRETRAINED_RATE)
-    )
+    optimiser = choose_optimiser(optimiser, steps)
+    chosen_rate = default_rate(optimiser, checkpoint is not None) if learning_rate is None else learning_rate
     target = resolve_device(device)
     settings = TrainingSettings(
         steps=steps, val_every=min(val_every, steps), val_batches=val_batches, learning_rate=chosen_rate,
-        schedule=schedule, warmup_fraction=warmup_fraction, frozen_fraction=frozen_fraction, layer_decay=layer_decay,
-        laterality=laterality, seed=seed, workers=runfiles.loader_workers(workers, target),
+        optimiser=optimiser, schedule=schedule, warmup_fraction=warmup_fraction, frozen_fraction=frozen_fraction,
+        layer_decay=layer_decay, laterality=laterality, seed=seed, workers=runfiles.loader_workers(workers, target),
         checkpoint=None if checkpoint is None or source is None else source.path, transfer_decoder=transfer_decoder,
         train_cases=selection.train, validation_cases=selection.validation,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -26,8 +27,10 @@ class TrainingSettings(Settings):
         warmup_fraction: Part of the run in which the rate rises.
         frozen_fraction: Part at the start in which the encoder stands still (sawtooth, frozen).
         layer_decay: Factor on the rate per level from the decoder down to the stem.
-        momentum: Of SGD with Nesterov.
-        weight_decay: Of SGD.
+        optimiser: `sgd` is nnU-Net's, with Nesterov's momentum; `adamw` needs some hundred steps fewer to leave the
+            plateau where everything is background.
+        momentum: Of SGD.
+        weight_decay: Of either.
         laterality: Left-right mirroring: forbid, swap-labels or allow.
         seed: Of everything random.
         workers: Processes that make batches; 0 makes them in the training process.
@@ -45,6 +48,7 @@ class TrainingSettings(Settings):
     warmup_fraction: float = Field(default=0.1, ge=0, le=1)
     frozen_fraction: float = Field(default=0.2, ge=0, lt=1)
     layer_decay: float = 1.0
+    optimiser: Literal["sgd", "adamw"] = "sgd"
     momentum: float = Field(default=0.99, ge=0, lt=1)
     weight_decay: float = Field(default=3e-5, ge=0)
     laterality: str = "forbid"

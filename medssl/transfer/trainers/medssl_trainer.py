@@ -128,17 +128,19 @@ class medSSLTrainer(nnUNetTrainer):
         self.depths = depths_of(self._module)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, None]:
-        """Return nnU-Net's SGD with a group per level of the network; the schedule sets their rates at each step."""
+        """Return the optimiser with a group per level of the network; the schedule sets their rates at each step."""
         groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in self.network.named_parameters():
             groups.setdefault(group_of(name.removeprefix("_orig_mod.")), []).append(parameter)
-        optimizer = torch.optim.SGD(
-            [{"params": parameters, "name": name} for name, parameters in groups.items()],
-            lr=self.initial_lr,
-            momentum=self.settings.momentum,
-            weight_decay=self.weight_decay,
-            nesterov=self.settings.momentum > 0,
-        )
+        named = [{"params": parameters, "name": name} for name, parameters in groups.items()]
+        momentum = self.settings.momentum
+        optimizer: torch.optim.Optimizer
+        if self.settings.optimiser == "adamw":
+            optimizer = torch.optim.AdamW(named, lr=self.initial_lr, weight_decay=self.weight_decay)
+        else:
+            optimizer = torch.optim.SGD(
+                named, self.initial_lr, momentum, weight_decay=self.weight_decay, nesterov=momentum > 0
+            )
         return optimizer, None
 
     def _do_i_compile(self) -> bool:
