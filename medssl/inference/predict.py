@@ -170,6 +170,7 @@ def predict(
             "options": {"step_size": step_size, "mirroring_axes": list(axes), "device": network.device.type},
         }
         summary = PredictSummary(out, [], list(refused), facts)
+        write_json(out / TABLE, summary.to_json())  # from now on --overwrite knows the folder as ours
         with progress("Predicting", len(cases), quiet=quiet) as advance:
             for case in cases:
                 try:

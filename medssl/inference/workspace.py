@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from medssl.errors import MedsslError
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,15 @@ class Workspace:
             "%.0f MiB go to a scratch file: the budget of %.0f MiB is spent", size / MEBIBYTE, self.limit / MEBIBYTE
         )
         with tempfile.TemporaryFile(dir=self.folder) as scratch:
-            array = np.memmap(scratch, dtype=dtype, mode="w+", shape=tuple(int(side) for side in shape))
+            try:
+                # Without room set aside, a full disk would kill the process at some later write.
+                os.posix_fallocate(scratch.fileno(), 0, size)
+            except OSError as error:
+                raise MedsslError(
+                    f"No room for a scratch file of {size / MEBIBYTE:.0f} MiB in {self.folder} ({error.strerror}). Free "
+                    "some space there, or raise --memory-mb."
+                ) from error
+            array = np.memmap(scratch, dtype=dtype, mode="r+", shape=tuple(int(side) for side in shape))
         self._files.add(array._mmap)  # type: ignore[attr-defined]
         return array
 

@@ -9,6 +9,7 @@ import pytest
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from nnunetv2.preprocessing.resampling.resample_torch import resample_torch_fornnunet
 
+from medssl.errors import MedsslError
 from medssl.inference.resampling import RowResampler, Scheme, resample_channel
 from medssl.inference.workspace import Workspace
 
@@ -87,3 +88,12 @@ def test_arrays_beyond_the_budget_go_to_files_without_a_name(tmp_path: Path) -> 
     workspace.release(small)
     workspace.release(large)
     assert workspace.held == 0
+
+
+def test_a_disk_without_room_for_scratch_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(MedsslError, match=r"No room for a scratch file of 4 MiB.*--memory-mb"):
+        Workspace(1, tmp_path).empty((1024, 1024), np.float32)
