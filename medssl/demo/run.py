@@ -35,8 +35,8 @@ patch_size: {patch}   # most of a trunk at the store's spacing
 batch_size: {batch}
 steps: {steps}
 mask: {{block: 4, ratio: 0.6}}   # blocks of 24 to 32 mm, as wide as a vertebra
-optimiser: {{name: sgd, learning_rate: 0.01}}
-schedule: {{name: poly, warmup_steps: {warmup}}}
+optimiser: {{name: adamw, learning_rate: 0.001}}   # a few hundred steps are too few for SGD
+schedule: {{name: cosine, warmup_steps: {warmup}}}
 sampling: {{foreground_probability: 0.7}}   # air around the body teaches nothing
 augmentation: {{laterality: forbid}}   # the liver has a side
 """
@@ -64,7 +64,7 @@ class Budget:
     batch_size: int = 2
     pretrain_steps: int = 300
     finetune_steps: int = 200
-    learning_rate: float = 0.01
+    learning_rate: float = 0.001
 
 
 FULL = Budget()
