@@ -15,6 +15,7 @@ from medssl.errors import DataError, InputRefused, UsageError
 from medssl.inference.cases import ENDINGS
 from medssl.inference.source import open_file
 
+MASK_ENDINGS = (*ENDINGS, ".png", ".tif", ".tiff")
 Labels = dict[str, tuple[int, ...]]
 Array = npt.NDArray[Any]
 
@@ -39,7 +40,9 @@ class Mask:
 
 
 def mask_files(folder: Path) -> dict[str, Path]:
-    """Return the volume files of a folder by case name; a single file is a case of its own name.
+    """Return the masks of a folder by case name; a single file is a case of its own name.
+
+    Pictures (PNG, TIFF) count too; they know no voxel size, so that a distance of 1 mm is one pixel there.
 
     Raises:
         UsageError: If the folder does not exist.
@@ -49,7 +52,7 @@ def mask_files(folder: Path) -> dict[str, Path]:
         raise UsageError(f"{folder} does not exist.")
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
-        ending = next((ending for ending in ENDINGS if path.name.lower().endswith(ending)), None)
+        ending = next((ending for ending in MASK_ENDINGS if path.name.lower().endswith(ending)), None)
         if ending is None or path.name.startswith(".") or path.is_dir():
             continue
         name = path.name[: -len(ending)]

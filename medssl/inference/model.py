@@ -114,7 +114,10 @@ def load_model(folder: Path, device: torch.device) -> SegmentationModel:
         )
     reader = plans_content.get("image_reader_writer")
     if reader not in READERS:
-        raise UsageError(f"{folder}: plans.json names the reader {reader}; known: {', '.join(READERS)}.")
+        raise UsageError(
+            f"{folder}: the model reads its images with {reader}; `medssl predict` knows {', '.join(READERS)}. Use "
+            f"nnUNetv2_predict_from_modelfolder -m {folder}."
+        )
     labels = plans.get_label_manager(dataset)
     channels = determine_num_input_channels(plans, configuration, dataset)
     networks = [

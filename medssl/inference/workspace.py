@@ -56,8 +56,8 @@ class Workspace:
                 os.posix_fallocate(scratch.fileno(), 0, size)
             except OSError as error:
                 raise MedsslError(
-                    f"No room for a scratch file of {size / MEBIBYTE:.0f} MiB in {self.folder} ({error.strerror}). Free "
-                    "some space there, or raise --memory-mb."
+                    f"No room for a scratch file of {size / MEBIBYTE:.0f} MiB in {self.folder} ({error.strerror}). "
+                    "Free some space there, or raise --memory-mb."
                 ) from error
             array = np.memmap(scratch, dtype=dtype, mode="r+", shape=tuple(int(side) for side in shape))
         self._files.add(array._mmap)  # type: ignore[attr-defined]

@@ -207,3 +207,14 @@ def test_masks_in_other_formats_and_named_as_labels_are_read(tmp_path: Path) -> 
         evaluate_segmentation(tmp_path / "labels", tmp_path / "truth", quiet=True).per_label("label 1", "dice").mean
         == 1
     )
+
+
+def test_pictures_are_measured_in_pixels(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for folder, low in (("truth", 2), ("made", 4)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(block(low)[:, :, 3]).save(tmp_path / folder / "a.png")
+    result = evaluate_segmentation(tmp_path / "made", tmp_path / "truth", quiet=True)
+    assert result.per_label("label 1", "dice").mean == pytest.approx(0.5)
+    assert result.per_label("label 1", "hd95_mm").mean == pytest.approx(2.0)
