@@ -163,7 +163,17 @@ def test_a_recipe_is_read_overridden_and_written_complete(store: Path, tmp_path:
     resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert resolved["steps"] == 1 and resolved["mask"] == {"block": 8, "ratio": 0.6, "fill": "token"}
     assert set(resolved) == set(recipe_model("mae").model_fields)
-    assert resolved["optimiser"]["learning_rate"] == 0.01
+    assert resolved["optimiser"]["name"] == "adamw" and resolved["optimiser"]["learning_rate"] == 0.001
+
+
+def test_a_part_of_a_setting_leaves_the_rest_to_the_defaults(store: Path, tmp_path: Path) -> None:
+    run(store, tmp_path / "a", "optimiser.learning_rate=0.002", steps=1)
+    resolved = yaml.safe_load((tmp_path / "a" / "recipe.yaml").read_text())
+    assert resolved["optimiser"]["name"] == "adamw" and resolved["optimiser"]["learning_rate"] == 0.002
+    assert resolved["schedule"]["name"] == "cosine"
+    run(store, tmp_path / "b", "optimiser.name=sgd", steps=1)
+    resolved = yaml.safe_load((tmp_path / "b" / "recipe.yaml").read_text())
+    assert resolved["optimiser"]["learning_rate"] == 0.01 and resolved["schedule"]["name"] == "poly"
 
 
 def test_unknown_names_list_near_ones(store: Path, tmp_path: Path) -> None:
