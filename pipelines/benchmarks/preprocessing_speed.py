@@ -56,6 +56,7 @@ def main() -> None:
         return
     from _common import print_table, write_results
 
+    load = round(os.getloadavg()[0], 1)
     rows = []
     for name, spacing in CASES:
         if not (options.data / name / "imagesTr").is_dir():
@@ -70,7 +71,9 @@ def main() -> None:
             [{key: row[key] for key in ("data", "spacing_mm", *row) if key in COMMON or kind in key} for row in rows]
         )
         print()
-    path = write_results("preprocessing_speed", {"volumes_per_row": options.volumes, "rows": rows})
+    # Wall-clock times mean little on a machine that does other work: processor seconds are the steadier figure.
+    payload = {"volumes_per_row": options.volumes, "load_average_at_start": load, "rows": rows}
+    path = write_results("preprocessing_speed", payload)
     print(f"Written: {path.relative_to(REPOSITORY)}")
 
 
