@@ -31,8 +31,8 @@ class FileIdentity:
     """Private identities of an image file.
 
     Attributes:
-        patient: The subject of BIDS (`sub-...`); else the folder, if the name of the file begins with the folder's (one
-            folder per patient); else the name of the file without nnU-Net's channel number.
+        patient: The subject of BIDS (`sub-...`); else the folder, if its name has a number and the file's name begins
+            with it (one folder per patient); else the name of the file without nnU-Net's channel number.
         study: The session of BIDS, else the patient.
         series: The path.
         known: Whether the patient is more than a guess.
@@ -60,7 +60,9 @@ def identity_of(label: str, path: str) -> FileIdentity:
     stem = case_of(pure.name)
     parent = pure.parent.name
     folder = str(pure.parent)
-    grouped = bool(parent) and stem.lower().startswith(parent.lower())
+    # A folder without a number is a class or a site ("benign/benign_12.png"), not a person.
+    numbered = any(letter.isdigit() for letter in parent)
+    grouped = numbered and stem.lower().startswith(parent.lower())
     patient: tuple[str, ...] = ("folder", label, folder) if grouped else ("file", label, folder, stem)
     return FileIdentity(patient, patient, series, False)
 

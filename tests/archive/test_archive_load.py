@@ -189,6 +189,7 @@ def test_a_key_is_made_once_readable_by_its_owner_and_kept(tmp_path, own_configu
         ("imagesTr/c_0000.nii.gz", "imagesTr/d_0000.nii.gz", False),
         ("BraTS_001/BraTS_001_t1.nii.gz", "BraTS_001/BraTS_001_flair.nii.gz", True),
         ("benign/one.png", "benign/two.png", False),
+        ("benign/benign_12.png", "benign/benign_13.png", False),
     ],
 )
 def test_file_names_tell_patients_apart(one, other, same):
