@@ -18,7 +18,8 @@ Values = dict[str, dict[str, dict[str, float]]]
 def run_scores(run: Path, references: Path | None = None) -> Values:
     """Return `scores[metric][label][case]`, NaN where a metric is undefined.
 
-    Looked for, in this order: `metrics.json` of `medssl evaluate segmentation` in `run` or `run/validation`; masks in
+    Looked for, in this order: `metrics.json` of `medssl evaluate segmentation` in `run` or `run/validation`, unless a
+    mask beside it is newer; masks in
     `run/validation` (or `run`) measured against `references`, or against what `run/validation/references.json` names.
 
     Args:
@@ -31,11 +32,18 @@ def run_scores(run: Path, references: Path | None = None) -> Values:
     """
     if not run.exists():
         raise UsageError(f"{run} does not exist.")
-    if references is None:
-        for folder in (run, run / "validation"):
-            if (folder / "metrics.json").is_file():
-                return _read(folder / "metrics.json")
-    return values_of(measure_run(run, references))
+    written = None if references is not None else written_scores(run)
+    return _read(written) if written is not None else values_of(measure_run(run, references))
+
+
+def written_scores(run: Path) -> Path | None:
+    """Return the `metrics.json` of a run or evaluation folder, unless a mask beside it is newer."""
+    for folder in (run, run / "validation"):
+        path = folder / "metrics.json"
+        if path.is_file():
+            newest = max((mask.stat().st_mtime for mask in mask_files(folder).values()), default=0.0)
+            return path if path.stat().st_mtime >= newest else None
+    return None
 
 
 def measure_run(run: Path, references: Path | None = None, *, quiet: bool = True) -> SegmentationResult:

@@ -14,7 +14,7 @@ from medssl.errors import InputRefused, MedsslError
 from medssl.evaluation.bootstrap import Estimate, estimate
 from medssl.evaluation.masks import Labels, mask_files
 from medssl.evaluation.overlap import METRICS
-from medssl.evaluation.results import Values, measure_run, run_scores, validation_cases, values_of
+from medssl.evaluation.results import Values, measure_run, run_scores, validation_cases, values_of, written_scores
 from medssl.evaluation.segmentation import case_means, show, write_result
 from medssl.report.facts import RunFacts
 from medssl.report.figures import Figure, score_figure
@@ -90,12 +90,10 @@ def describe_segments(facts: RunFacts) -> Segments | None:
 
 def _values(facts: RunFacts) -> Values:
     """Return scores as they were written with the masks, else measured now and written beside them."""
-    masks = facts.folder / "validation"
-    if (masks / "metrics.json").is_file():
-        newest = max((path.stat().st_mtime for path in mask_files(masks).values()), default=0.0)
-        if (masks / "metrics.json").stat().st_mtime >= newest:
-            return run_scores(facts.folder)
+    if written_scores(facts.folder) is not None:
+        return run_scores(facts.folder)
     result = measure_run(facts.folder)
+    masks = facts.folder / "validation"
     write_result(result, masks if masks.is_dir() else facts.folder)
     return values_of(result)
 

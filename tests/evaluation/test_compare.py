@@ -132,3 +132,16 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path) -> None:
     (run / "validation" / "references.json").unlink()
     with pytest.raises(UsageError, match="medssl evaluate segmentation --predictions"):
         compare([make_run(tmp_path / "other", {"a": 1}), run])
+
+
+def test_scores_older_than_a_mask_are_not_trusted(tmp_path: Path) -> None:
+    import os
+
+    from medssl.evaluation.segmentation import evaluate_segmentation
+
+    first, second = (make_run(tmp_path / name, {"a": 1, "b": 1}) for name in ("first", "second"))
+    evaluate_segmentation(second, tmp_path / "labelsTr", second / "validation", quiet=True)
+    mask = write(second / "validation" / "a.nii.gz", block(2))
+    stamp = (second / "validation" / "metrics.json").stat().st_mtime + 5
+    os.utime(mask, (stamp, stamp))
+    assert compare([first, second]).differences[0].estimate.mean == pytest.approx(0.125)
