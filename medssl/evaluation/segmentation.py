@@ -174,7 +174,8 @@ def evaluate_segmentation(
     """
     if cases is None:
         cases = _listed_cases(predictions)
-    predictions = predictions / "validation" if (predictions / "run.json").is_file() else predictions
+    if (predictions / "run.json").is_file() or (predictions / "validation" / "references.json").is_file():
+        predictions = predictions / "validation"
     references = references / "labelsTr" if (references / "labelsTr").is_dir() else references
     found, wanted = mask_files(predictions), mask_files(references)
     if predictions.is_file() and references.is_file() and len(found) == len(wanted) == 1:
