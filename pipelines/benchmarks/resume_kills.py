@@ -55,9 +55,7 @@ def main() -> None:
         in_child(lambda: start(store, whole, options.steps, workers=0))
         seconds = time.monotonic() - started
         rows = [
-            trial(
-                store, Path(scratch) / f"run_{number}", whole, options.steps, 2 * (number % 2), rng.uniform(0, seconds)
-            )
+            trial(store, Path(scratch) / f"run_{number}", whole, options.steps, 2 * (number % 2), seconds, rng)
             for number in range(options.kills)
         ]
     print_table(rows)
