@@ -35,7 +35,7 @@ patch_size: {patch}   # most of a trunk at the store's spacing
 batch_size: {batch}
 steps: {steps}
 mask: {{block: 4, ratio: 0.6}}   # blocks of 24 to 32 mm, as wide as a vertebra
-optimiser: {{name: adamw, learning_rate: 0.001}}   # a few hundred steps are too few for SGD
+optimiser: {{name: adamw, learning_rate: 0.001}}   # SGD needs four times the steps for the same loss
 schedule: {{name: cosine, warmup_steps: {warmup}}}
 sampling: {{foreground_probability: 0.7}}   # air around the body teaches nothing
 augmentation: {{laterality: forbid}}   # the liver has a side
