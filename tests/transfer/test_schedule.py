@@ -6,7 +6,7 @@ import pytest
 
 from medssl.errors import UsageError
 from medssl.networks.build import build_network
-from medssl.transfer.schedule import NAMES, Schedule, depths_of, group_of
+from medssl.transfer.schedule import NAMES, Schedule, choose_optimiser, default_rate, depths_of, group_of
 
 DEPTHS = {"stem": 3, "stage_0": 2, "stage_1": 1, "decoder": 0}
 
@@ -81,3 +81,12 @@ def test_settings_that_make_no_schedule_are_refused() -> None:
         Schedule("poly", 0.0, 10)
     with pytest.raises(UsageError, match="layer_decay"):
         Schedule("poly", 0.1, 10, layer_decay=1.5)
+
+
+def test_short_runs_take_adamw_and_long_ones_sgd() -> None:
+    assert choose_optimiser("auto", 200) == "adamw"
+    assert choose_optimiser("auto", 250_000) == "sgd"
+    assert choose_optimiser("sgd", 200) == "sgd"
+    assert default_rate("sgd", pretrained=True) == default_rate("sgd", pretrained=False) / 10
+    with pytest.raises(UsageError, match="Did you mean adamw"):
+        choose_optimiser("adam", 200)

@@ -48,7 +48,9 @@ def _same(first: Path, second: Path) -> bool:
     weights = all(torch.equal(one["network_weights"][key], value) for key, value in two["network_weights"].items())
     momenta = one["optimizer_state"]["state"], two["optimizer_state"]["state"]
     return weights and all(
-        torch.equal(value["momentum_buffer"], momenta[1][key]["momentum_buffer"]) for key, value in momenta[0].items()
+        torch.equal(torch.as_tensor(value), torch.as_tensor(momenta[1][key][name]))
+        for key, values in momenta[0].items()
+        for name, value in values.items()
     )
 
 
