@@ -62,8 +62,8 @@ class Budget:
     spacing_mm: tuple[float, float, float] = (8.0, 7.0, 7.0)
     patch_size: tuple[int, int, int] = (32, 56, 56)
     batch_size: int = 2
-    pretrain_steps: int = 300
-    finetune_steps: int = 200
+    pretrain_steps: int = 250
+    finetune_steps: int = 160
     learning_rate: float = 0.001
 
 
