@@ -25,7 +25,7 @@ def finished(tmp_path_factory):
     """A quick demo run as a user runs it, and what it wrote to its streams."""
     home, out = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("demo") / "out"
     environment = {**os.environ, "HOME": str(home), "XDG_CONFIG_HOME": str(home), "XDG_CACHE_HOME": str(home)}
-    command = [sys.executable, "-m", "medssl.cli", "demo", "--out", str(out), "--quick"]
+    command = [sys.executable, "-m", "medssl", "demo", "--out", str(out), "--quick"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done, home
