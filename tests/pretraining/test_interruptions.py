@@ -21,6 +21,8 @@ STEPS = 12
 SETTINGS = {
     "patch_size": "[16,16,16]",
     "batch_size": "4",
+    # AdamW divides by the size of a gradient: where that is tiny, two ranks' rounding would decide its sign.
+    "optimiser.name": "sgd",
     "mask.block": "4",
     "log_every": "1",
     "save_every": "3",
@@ -88,7 +90,7 @@ def whole(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-@pytest.mark.parametrize("step", [2, 5, 9])
+@pytest.mark.parametrize("step", [2, 8])
 def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(
     store: Path, whole: Path, tmp_path: Path, workers: str, step: int
 ) -> None:
