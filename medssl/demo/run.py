@@ -210,6 +210,7 @@ class _Tour:
 
     def _predict(self) -> float:
         """Segment one DICOM series that nobody labelled, then ask the phantom how well; return the mean Dice."""
+        from medssl.archive.pseudonym import KEY_VARIABLE
         from medssl.evaluation.segmentation import evaluate_segmentation
         from medssl.inference.predict import predict
 
@@ -218,7 +219,10 @@ class _Tour:
             self._command(
                 "predict", "--model", "finetuned", "--input", str(series.relative_to(self.out)), "--out", "prediction"
             )
-            summary = predict(self.out / "finetuned", series, self.out / "prediction", device="cpu", quiet=self.quiet)
+            with _environment(KEY_VARIABLE, str(self.key_file)):
+                summary = predict(
+                    self.out / "finetuned", series, self.out / "prediction", device="cpu", quiet=self.quiet
+                )
             if not summary.predictions:
                 raise MedsslError(f"The demo's own series was refused: {summary.to_json()['refused']}")
             mask = self.out / "prediction" / summary.predictions[0].mask
@@ -321,3 +325,16 @@ def _refusals(counts: dict[str, Any]) -> str:
         f"{counts['files_in_volumes']} of {counts['files']} files in {counts['volumes']} volumes, "
         f"{sum(counts['related'].values())} related objects, {sum(refused.values())} refused ({reasons})"
     )
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
