@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -26,7 +27,7 @@ ADAMW_RATE = 1e-3
 STEPS_FOR_SGD = 5000
 
 
-def choose_optimiser(optimiser: str, steps: int) -> str:
+def choose_optimiser(optimiser: str, steps: int) -> Literal["sgd", "adamw"]:
     """Return `sgd` or `adamw`; `auto` takes AdamW for runs too short for SGD.
 
     Raises:
@@ -36,7 +37,7 @@ def choose_optimiser(optimiser: str, steps: int) -> str:
         raise unknown_name("optimiser", optimiser, OPTIMISERS)
     if optimiser == "auto":
         return "adamw" if steps < STEPS_FOR_SGD else "sgd"
-    return optimiser
+    return "adamw" if optimiser == "adamw" else "sgd"
 
 
 def default_rate(optimiser: str, pretrained: bool) -> float:
