@@ -64,7 +64,7 @@ class Budget:
     batch_size: int = 2
     pretrain_steps: int = 250
     finetune_steps: int = 160
-    learning_rate: float = 0.001
+    learning_rate: float = 0.003
 
 
 FULL = Budget()

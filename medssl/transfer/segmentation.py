@@ -72,7 +72,7 @@ def finetune_segmentation(
         steps: Steps of the optimiser.
         val_every: Steps between two looks at the validation cases; a checkpoint is written at each.
         val_batches: Batches of each look.
-        learning_rate: Peak rate; by default 1e-3, and 1e-2 for SGD from scratch, as in the references.
+        learning_rate: Peak rate; by default 3e-3 for AdamW; for SGD 1e-3, and 1e-2 from scratch, as in the references.
         optimiser: `sgd` (nnU-Net's), `adamw`, or `auto`: AdamW where the steps are too few for SGD.
         schedule: warmup, sawtooth, frozen, poly or constant.
         warmup_fraction: Part of the run in which the rate rises.
