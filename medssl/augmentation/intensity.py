@@ -241,6 +241,8 @@ class InvertedGamma(Gamma):
     """The power law on the negative image, turned back after: stretches the bright end. Never for CT."""
 
     name: ClassVar[str] = "gamma_inverted"
+    # A power law on the negative image exchanges the roles of air and bone: there is no such CT.
+    never: ClassVar[frozenset[str]] = frozenset({"CT"})
     inverted: ClassVar[bool] = True
 
 
@@ -298,9 +300,3 @@ def _spread_of(channels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_each(values: Tensor, channels: Tensor) -> Tensor:
     return values.reshape(-1, *([1] * (channels.ndim - 1)))
-
-
-# In the order of nnU-Net's default training.
-INTENSITY: dict[str, type[Transform]] = {
-    transform.name: transform for transform in (Noise, Blur, Brightness, Contrast, LowResolution, InvertedGamma, Gamma)
-}

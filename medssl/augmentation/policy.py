@@ -12,8 +12,8 @@ import torch
 import yaml
 from pydantic import Field, field_validator
 
+from medssl.augmentation.catalogue import CATALOGUE
 from medssl.augmentation.extent import read_size_for
-from medssl.augmentation.intensity import INTENSITY
 from medssl.augmentation.mirror import Laterality, allowed_axes, swap_classes, swap_table
 from medssl.augmentation.spatial import Spatial, SpatialSettings
 from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings
@@ -23,8 +23,6 @@ from medssl.data.draw import Draw
 from medssl.errors import DataError, UsageError, unknown_name
 
 PURPOSES = ("reconstruction", "fine-tuning", "weak", "strong", "contrastive", "none")
-# A power law on the negative image exchanges the roles of air and bone: there is no such CT.
-NEVER = {("CT", "gamma_inverted")}
 
 
 class AugmentationSettings(Settings):
@@ -72,10 +70,10 @@ class PolicySettings(Settings):
         """Return the settings of each intensity transform, in order."""
         found = {}
         for name, values in self.intensity.items():
-            if name not in INTENSITY:
-                raise UsageError(f"{where}: {unknown_name('intensity transform', name, INTENSITY)}")
+            if name not in CATALOGUE:
+                raise UsageError(f"{where}: {unknown_name('intensity transform', name, CATALOGUE)}")
             if values is not None:
-                found[name] = check_settings(INTENSITY[name].settings_class, values, f"{where}, {name}")
+                found[name] = check_settings(CATALOGUE[name].settings_class, values, f"{where}, {name}")
         return found
 
 
@@ -127,7 +125,7 @@ class Policy:
         """
         with torch.no_grad():
             modality = self._known(batch)
-            facts = Facts(modality, batch.spacing_mm.double(), self.patch_size, batch.image.shape[1])
+            facts = Facts.of(batch, modality, self.patch_size)
             drawn: dict[str, Parameters] = {"spatial": self.spatial.draw(facts, draw.child("spatial"))}
             placed = self.spatial.apply(batch, drawn["spatial"])
             self._check(placed.image, modality, "spatial")
@@ -267,7 +265,7 @@ def _resolved(content: Mapping[str, Any], modality: str, overrides: Mapping[str,
     values = _merged(_merged(values, own.get(modality) or {}), overrides)
     policy = check_settings(PolicySettings, values, where)
     for name, settings in policy.transforms(where).items():
-        if settings.probability > 0 and (modality, name) in NEVER:
+        if settings.probability > 0 and not CATALOGUE[name].fits(modality):
             raise UsageError(
                 f"{where}: {name} is never applied to {modality}. Remove it (`{name}: null`) for {modality}."
             )
@@ -285,9 +283,9 @@ def _with_laterality(policy: PolicySettings, settings: AugmentationSettings) -> 
 def _intensity_of(by_modality: Mapping[str, PolicySettings], where: str) -> list[Transform[Any]]:
     settings = {modality: policy.transforms(where) for modality, policy in by_modality.items()}
     order = list(dict.fromkeys(name for of_one in settings.values() for name in of_one))
-    order.sort(key=list(INTENSITY).index)
+    order.sort(key=list(CATALOGUE).index)
     return [
-        INTENSITY[name]({modality: of_one[name] for modality, of_one in settings.items() if name in of_one})
+        CATALOGUE[name]({modality: of_one[name] for modality, of_one in settings.items() if name in of_one})
         for name in order
         if any(name in of_one and of_one[name].probability > 0 for of_one in settings.values())
     ]

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from medssl.config import Settings
+from medssl.data.batch import Batch
 from medssl.data.draw import Draw
 
 # What was drawn, one row per sample, on the CPU: it can be logged, shared between views and replayed.
@@ -37,15 +38,25 @@ class Facts:
         spacing_mm: Voxel size (z, y, x) of each sample. Shape: (B, 3), float64, on the CPU.
         size: Spatial size of the image that the transform will meet, (Z, Y, X) or (Y, X).
         channels: Its channels.
+        rescale: Intercept and slope to HU or SUVbw; see `Batch`. Shape: (B, 2), or None where not known.
+        background: Value of what lies outside the body, the fan or the volume. Shape: (B,), or None where not known.
     """
 
     modality: tuple[str, ...]
     spacing_mm: Tensor
     size: tuple[int, ...]
     channels: int
+    rescale: Tensor | None = None
+    background: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.modality)
+
+    @staticmethod
+    def of(batch: Batch, modality: tuple[str, ...], size: tuple[int, ...]) -> Facts:
+        """Return the facts of a batch whose views have a size."""
+        spacing = batch.spacing_mm.double()
+        return Facts(modality, spacing, size, batch.image.shape[1], batch.rescale, batch.background)
 
 
 class Transform(Generic[SettingsT]):
@@ -62,11 +73,19 @@ class Transform(Generic[SettingsT]):
         name: What policies call it.
         settings_class: Its settings.
         neutral: The parameter that carries the strength, and its value without effect.
+        family: What it is listed under.
+        modalities: The modalities whose physics it imitates; None fits all.
+        never: Modalities in which its result cannot exist.
+        mixes_samples: Whether a sample's result depends on the batch it travels in.
     """
 
     name: ClassVar[str]
     settings_class: ClassVar[type[TransformSettings]]
     neutral: ClassVar[tuple[str, float]]
+    family: ClassVar[str] = "intensity"
+    modalities: ClassVar[frozenset[str] | None] = None
+    never: ClassVar[frozenset[str]] = frozenset()
+    mixes_samples: ClassVar[bool] = False
 
     def __init__(self, by_modality: Mapping[str, SettingsT]) -> None:
         self.by_modality = dict(by_modality)
@@ -116,6 +135,11 @@ class Transform(Generic[SettingsT]):
             values: What `values` drew for these channels, on the CPU. Shapes: (N, ...).
         """
         raise NotImplementedError
+
+    @classmethod
+    def fits(cls, modality: str) -> bool:
+        """Tell whether a policy may apply the transform to a modality."""
+        return modality not in cls.never and (cls.modalities is None or modality in cls.modalities)
 
     def per_sample(self, facts: Facts, of: Callable[[Any], float], missing: float = 0.0) -> Tensor:
         """Return one number of the settings for each sample. Shape: (B,), float32."""

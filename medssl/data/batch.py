@@ -47,10 +47,13 @@ class Batch(_OnDevice):
         modality: One name per sample, for example "CT" or "MR".
         patient_key: One pseudonym per sample.
         label: Class of each voxel, or None. Shape: (B, Z, Y, X) or (B, Y, X), int64.
+        rescale: Intercept and slope of each sample, as DICOM means them: intercept + slope * image is in the unit of
+            the modality, HU in CT and SUVbw in PET. NaN where it is not known; None where it is for no sample.
+            Shape: (B, 2), float32.
     """
 
     stay_on_cpu: ClassVar[frozenset[str]] = frozenset(
-        {"sample_index", "sample_id", "origin_mm", "spacing_mm", "valid", "background"}
+        {"sample_index", "sample_id", "origin_mm", "spacing_mm", "valid", "background", "rescale"}
     )
 
     image: Tensor
@@ -63,6 +66,7 @@ class Batch(_OnDevice):
     modality: tuple[str, ...]
     patient_key: tuple[str, ...]
     label: Tensor | None = None
+    rescale: Tensor | None = None
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -113,6 +117,12 @@ def stack(batches: list[Batch]) -> Batch:
     labels = [batch.label for batch in batches if batch.label is not None]
     if labels and len(labels) != len(batches):
         raise ValueError("Some batches carry labels and some do not: keep labelled and unlabelled samples apart")
+    if any(batch.rescale is not None for batch in batches):
+        unknown = torch.tensor([float("nan")] * 2)
+        batches = [
+            batch if batch.rescale is not None else dataclasses.replace(batch, rescale=unknown.repeat(len(batch), 1))
+            for batch in batches
+        ]
     changes: dict[str, object] = {}
     for item in dataclasses.fields(Batch):
         values = [getattr(batch, item.name) for batch in batches]

@@ -20,6 +20,7 @@ FACTS = np.dtype(
         ("spacing_mm", np.float32, 3),
         ("valid", np.int64, (3, 2)),
         ("background", np.float32),
+        ("rescale", np.float32, 2),
     ]
 )
 
@@ -129,6 +130,7 @@ class CropReader:
             fact["origin_mm"] = np.multiply(crop.start, entry.spacing_mm)
             fact["valid"] = np.stack([np.subtract(start, crop.start), np.subtract(stop, crop.start)], axis=1)
             fact["background"] = entry.background
+            fact["rescale"] = entry.rescale
         for start, stop, members in plan_reads(windows):
             channels = None if crops[0].channel is None else [crops[0].channel]
             block = self.store.read(entry.id, start, stop, channels)

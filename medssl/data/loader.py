@@ -177,6 +177,7 @@ class CropLoader:
             modality=tuple(entry.modality for entry in entries),
             patient_key=tuple(entry.patient_key for entry in entries),
             label=label,
+            rescale=torch.from_numpy(facts["rescale"].copy()),
         )
 
     def _through_stream(self, arrays: Iterator[BatchArrays]) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -63,6 +64,15 @@ class StoreEntry:
     foreground: NDArray[np.int64] = field(repr=False)
     has_label: bool
     properties: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def rescale(self) -> tuple[float, float]:
+        """Intercept and slope from stored values to the unit of the modality (HU, SUVbw); NaN where not known.
+
+        They are those of the first channel, and not known where another channel has others.
+        """
+        found = {(float(one["shift"]), float(one["scale"])) for one in self.properties.get("normalisation") or ()}
+        return found.pop() if len(found) == 1 else (math.nan, math.nan)
 
 
 def write_volume(

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from scipy.ndimage import gaussian_filter
 
-from medssl.augmentation.intensity import INTENSITY, blur_along
+from medssl.augmentation.catalogue import CATALOGUE
+from medssl.augmentation.intensity import blur_along
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 
@@ -34,7 +35,7 @@ def facts_of(image, modality="MR") -> Facts:
 
 
 def build(name, **settings):
-    transform = INTENSITY[name]
+    transform = CATALOGUE[name]
     return transform({"MR": transform.settings_class(**{"probability": 1.0, **settings})})
 
 
@@ -45,14 +46,14 @@ def changed(name, image, seed=0, first=0, **settings):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", INTENSITY)
+@pytest.mark.parametrize("name", ZERO)
 def test_zero_strength_is_the_identity_bit_for_bit(name, shape):
     image = images(shape)
     result, _ = changed(name, image, **ZERO[name])
     assert torch.equal(result, image)
 
 
-@pytest.mark.parametrize("name", INTENSITY)
+@pytest.mark.parametrize("name", ZERO)
 def test_who_drew_nothing_keeps_every_bit_and_the_others_change(name):
     image = images((16, 2, 40, 4, 4))
     result, drawn = changed(name, image, probability=0.5)
@@ -63,7 +64,7 @@ def test_who_drew_nothing_keeps_every_bit_and_the_others_change(name):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", INTENSITY)
+@pytest.mark.parametrize("name", ZERO)
 def test_a_sample_is_changed_alike_alone_and_in_a_batch(name, shape):
     image = images(shape)
     together, drawn = changed(name, image, probability=0.7)
@@ -73,7 +74,7 @@ def test_a_sample_is_changed_alike_alone_and_in_a_batch(name, shape):
         assert all(torch.equal(own[key][0], drawn[key][row]) for key in drawn)
 
 
-@pytest.mark.parametrize("name", INTENSITY)
+@pytest.mark.parametrize("name", ZERO)
 def test_the_same_draw_repeats_and_samples_have_parameters_of_their_own(name):
     image = images((1, 1, 24, 8, 8)).repeat(4, 1, 1, 1, 1)
     first, drawn = changed(name, image, **{"per_channel": 1.0} if name in ("blur", "low_resolution") else {})
@@ -82,7 +83,7 @@ def test_the_same_draw_repeats_and_samples_have_parameters_of_their_own(name):
     assert len({tuple(row.flatten().tolist()) for row in first}) == 4
 
 
-@pytest.mark.parametrize("name", INTENSITY)
+@pytest.mark.parametrize("name", ZERO)
 def test_input_dtype_and_device_are_kept(name):
     image = images((2, 1, 8, 8, 8)).double()
     before = image.clone()
@@ -90,7 +91,7 @@ def test_input_dtype_and_device_are_kept(name):
     assert torch.equal(image, before) and result.dtype == torch.float64 and result.shape == image.shape
 
 
-@pytest.mark.parametrize("name", INTENSITY)
+@pytest.mark.parametrize("name", ZERO)
 def test_constant_images_and_single_voxels_stay_finite(name):
     for shape in ((2, 1, 6, 6, 6), (2, 1, 1, 1, 1), (2, 1, 1, 5, 5)):
         result, _ = changed(name, torch.full(shape, 3.0))
