@@ -138,6 +138,7 @@ def preprocess(
     select: o.Select = None,
     spacing: o.Spacing = "median",
     normalisation: o.Normalisation = "by-modality",
+    codec: o.Codec = "lossless",
     workers: o.Workers = None,
     scheduler: o.Scheduler = None,
     resume: o.Resume = False,
@@ -158,6 +159,7 @@ def preprocess(
             select=select,
             spacing=_spacing(spacing),
             normalisation=normalisation,
+            codec=codec,
             workers=workers,
             scheduler=scheduler,
             resume=resume,
@@ -205,6 +207,37 @@ def pretrain(
     say(f"Checkpoint: {result}\nLook at it: medssl report {out}")
 
 
+@app.command()
+def bench(
+    store: o.Store,
+    method: o.Method = None,
+    recipe: o.Recipe = None,
+    overrides: o.Overrides = None,
+    device: o.Device = "auto",
+    workers: o.Workers = None,
+    seconds: o.Seconds = 20.0,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Measure reading, augmentation and training on this machine and store, and say which of them limits and why.
+
+    Example: `medssl bench --store store --recipe recipe.yaml --workers 2`
+    """
+    from medssl.pretraining.bench import bench as run
+
+    result = run(
+        store,
+        method=method,
+        recipe=recipe,
+        overrides=overrides or [],
+        device=device,
+        workers=workers,
+        seconds=seconds,
+        quiet=quiet,
+    )
+    show(result, as_json)
+
+
 @finetune_app.command("segmentation")
 def finetune_segmentation(
     dataset: o.Dataset,
@@ -227,6 +260,7 @@ def finetune_segmentation(
     spacing: o.TargetSpacing = None,
     cache: o.Cache = None,
     laterality: o.Laterality = "forbid",
+    augmentation: o.Augmentation = "nnunet",
     seed: o.Seed = 0,
     device: o.Device = "auto",
     workers: o.Workers = None,
@@ -261,6 +295,7 @@ def finetune_segmentation(
         spacing=_spacing(spacing) if spacing else None,
         cache=cache,
         laterality=laterality,
+        augmentation=augmentation,
         seed=seed,
         device=device,
         workers=workers,
@@ -379,6 +414,36 @@ def report(run: o.Run) -> None:
     from medssl.report.page import report as write
 
     say(f"Report: {write(run)}")
+
+
+@app.command()
+def preview(
+    source: o.Previewed,
+    out: o.OutFile,
+    purpose: o.Purpose = "strong",
+    patch_size: o.PatchSize = None,
+    overrides: o.Overrides = None,
+    draws: o.Draws = 5,
+    seed: o.Seed = 0,
+    quiet: o.Quiet = False,
+) -> None:
+    """Draw what an augmentation policy does to a volume of yours: the whole policy, then each transform alone.
+
+    Example: `medssl preview /archive/patient/series --purpose contrastive --set modality=MR --out sheet.png`
+    """
+    from medssl.report.contact_sheet import contact_sheet
+
+    sheet = contact_sheet(
+        source,
+        out,
+        purpose=purpose,
+        patch_size=_numbers(patch_size, int, "--patch-size"),
+        overrides=overrides or [],
+        draws=draws,
+        seed=seed,
+        quiet=quiet,
+    )
+    say(f"Contact sheet: {sheet}")
 
 
 @list_app.command("methods")

@@ -65,6 +65,16 @@ def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return result
 
 
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with `changes` on top, mapping by mapping; neither is modified."""
+    result = dict(values)
+    for name, change in changes.items():
+        before = result.get(name)
+        nested = isinstance(before, Mapping) and isinstance(change, Mapping)
+        result[name] = merged(before, change) if nested else change
+    return result
+
+
 def check_settings(model: type[SettingsT], values: Mapping[str, Any], where: str) -> SettingsT:
     """Build `model` from `values`, turning pydantic's errors into one line each.
 

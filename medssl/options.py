@@ -48,12 +48,17 @@ KeyFile: TypeAlias = Annotated[
 Select: TypeAlias = Annotated[str | None, _option("SQL condition: \"modality = 'MR' AND body_part = 'BRAIN'\".")]
 Spacing: TypeAlias = Annotated[str, typer.Option(help="median, native, or millimetres as Z,Y,X: 1.5,1,1.")]
 Normalisation: TypeAlias = Annotated[str, typer.Option(help="by-modality, or the name of one scheme for all.")]
+Codec: TypeAlias = Annotated[
+    Literal["lossless", "float16", "int16", "int8"],
+    typer.Option(help="How intensities are stored; the error of all but lossless is measured and reported."),
+]
 Scheduler: TypeAlias = Annotated[str | None, _option("Address of a Dask scheduler, or local.")]
 
 Store: TypeAlias = Annotated[Path, _option("A store, or an nnU-Net preprocessed folder.")]
 Method: TypeAlias = Annotated[str | None, _option("See `medssl list methods`; default: the recipe's, else mae.")]
 Recipe: TypeAlias = Annotated[Path | None, _option("YAML file of settings.")]
 Overrides: TypeAlias = Annotated[list[str] | None, _option("One setting, a.b=c; may be repeated.", "--set")]
+Seconds: TypeAlias = Annotated[float, typer.Option(help="About how long to measure.")]
 RecipeSteps: TypeAlias = Annotated[int | None, _option("Steps of the optimiser.", min=1)]
 
 Dataset: TypeAlias = Annotated[Path, _option("nnU-Net raw folder: imagesTr, labelsTr, dataset.json.")]
@@ -89,6 +94,15 @@ Laterality: TypeAlias = Annotated[
     Literal["forbid", "swap-labels", "allow"],
     typer.Option(help="Left-right mirroring: forbid it, swap the labels of paired organs, or allow it."),
 ]
+
+Augmentation: TypeAlias = Annotated[
+    Literal["nnunet", "medssl"],
+    typer.Option(help="nnU-Net's own, made by the workers, or our policy fine-tuning, made on the device."),
+]
+
+Previewed: TypeAlias = Annotated[Path, _argument("A store, a volume, or a folder with one DICOM series.")]
+Purpose: TypeAlias = Annotated[str, typer.Option(help="Purpose of a policy; see `medssl list policies`.")]
+Draws: TypeAlias = Annotated[int, typer.Option(min=1, max=20, help="Pictures of each line.")]
 
 Model: TypeAlias = Annotated[Path, _option("A segmentation RUN.")]
 AnyModel: TypeAlias = Annotated[Path | None, _option("A RUN or checkpoint to load and verify.", "--model")]

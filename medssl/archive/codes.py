@@ -183,6 +183,7 @@ _PREPROCESSING: tuple[Code, ...] = (
     Code("refused", "no_content", "Nothing but air or zeros.", "Leave it out with --select."),
     Code("refused", "no_contrast", "All voxels of the content have one value: it cannot be normalised.", "Leave it out with --select."),
     Code("refused", "resampled_too_large", "The asked voxel size makes the volume too large.", "Ask for a larger --spacing, or use median or native."),
+    Code("refused", "float16_overflow", "A value is larger than 65504, which --codec float16 cannot hold.", "Use --codec int16 or lossless, or another --normalisation."),
     Code("refused", "channels_differ", "The channel files of a case differ in shape or grid.", "Resample them to one grid."),
     Code("refused", "label_shape_differs", "The label has another shape than its image.", "Give the label that belongs to the image."),
     Code("refused", "label_grid_differs", "The label lies elsewhere than its image.", "Resample the label to the image's grid, or mend its matrix."),

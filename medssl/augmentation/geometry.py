@@ -14,6 +14,9 @@ from torch import Tensor
 from medssl.augmentation.resampling import blocks, positions
 from medssl.augmentation.transform import Parameters, broadcast, to_device
 
+# The two axes of the plane across each axis.
+PLANES = ((1, 2), (0, 2), (0, 1))
+
 
 def rotation_matrices(angle_degrees: Tensor) -> Tensor:
     """Return R = Rz Ry Rx on vectors (z, y, x). Shape of the angles: (B, 3) about (z, y, x); of the result: (B, 3, 3).
@@ -21,7 +24,7 @@ def rotation_matrices(angle_degrees: Tensor) -> Tensor:
     A positive angle about an axis turns the two others into each other in their order (z, y), (z, x), (y, x).
     """
     result = torch.eye(3, dtype=torch.float64).repeat(len(angle_degrees), 1, 1)
-    for axis, (a, b) in enumerate(((1, 2), (0, 2), (0, 1))):
+    for axis, (a, b) in enumerate(PLANES):
         angle = torch.deg2rad(angle_degrees[:, axis].double())
         turn = torch.eye(3, dtype=torch.float64).repeat(len(angle_degrees), 1, 1)
         turn[:, a, a] = turn[:, b, b] = angle.cos()
@@ -30,14 +33,35 @@ def rotation_matrices(angle_degrees: Tensor) -> Tensor:
     return result
 
 
+def quarter_turn_matrices(turns: Tensor) -> Tensor:
+    """Return the exact matrices of quarter turns: view voxel to crop voxel, both from their centres.
+
+    Args:
+        turns: How often the view is turned as by `torch.rot90` in the planes across (z, y, x), in this order.
+            Shape: (B, 3), int64.
+
+    Returns:
+        Shape: (B, 3, 3), float64; every entry is -1, 0 or 1.
+    """
+    result = torch.eye(3, dtype=torch.float64).repeat(len(turns), 1, 1)
+    for axis, (a, b) in enumerate(PLANES):
+        once = torch.eye(3, dtype=torch.float64)
+        once[a, a] = once[b, b] = 0
+        once[a, b], once[b, a] = 1, -1
+        powers = torch.stack([torch.linalg.matrix_power(once, count) for count in range(4)])
+        result = result @ powers[turns[:, axis] % 4]
+    return result
+
+
 def view_to_crop(parameters: Parameters, spacing_mm: Tensor, offset: Sequence[int], patch: Sequence[int]) -> Tensor:
     """Return the map from a voxel of the view to a voxel of the crop.
 
-    With o a voxel of the view, c the view's centre, S the voxel sizes, R the rotation, s the scale and F the mirroring:
-    crop voxel = offset + shift + c + S^-1 R s S F (o - c). Without rotation and scale it is a whole-voxel crop.
+    With o a voxel of the view, c the view's centre, S the voxel sizes, R the rotation, s the scale, F the mirroring and
+    Q the quarter turns: crop voxel = offset + shift + c + S^-1 R s S F Q (o - c). Without rotation and scale it is a
+    whole-voxel crop.
 
     Args:
-        parameters: `angle_degrees`, `scale`, `mirror`, `shift` of `Spatial.draw`.
+        parameters: `angle_degrees`, `scale`, `mirror`, `shift` and, where drawn, `quarter_turns` of `Spatial.draw`.
         spacing_mm: Shape: (B, 3).
         offset: First voxel of the unshifted patch in the crop.
         patch: Size of the view.
@@ -50,6 +74,8 @@ def view_to_crop(parameters: Parameters, spacing_mm: Tensor, offset: Sequence[in
     flip = 1 - 2 * parameters["mirror"].double()
     linear = rotation_matrices(parameters["angle_degrees"]) * parameters["scale"].double()[:, None]
     linear = linear * spacing[:, None] / spacing[:, :, None] * flip[:, None]
+    if "quarter_turns" in parameters:
+        linear = linear @ quarter_turn_matrices(parameters["quarter_turns"])
     position = torch.tensor(offset, dtype=torch.float64) + parameters["shift"].double() + centre
     return torch.cat([linear, (position - linear @ centre)[:, :, None]], dim=2)
 
@@ -61,12 +87,20 @@ def is_resampled(parameters: Parameters) -> Tensor:
 
 
 def valid_box(valid: Tensor, parameters: Parameters, offset: Sequence[int], patch: Sequence[int]) -> Tensor:
-    """Return the part of each cropped and mirrored view that lies inside the volume. Shape: (B, 3, 2), int64."""
+    """Return the part of each view without interpolation that lies inside the volume. Shape: (B, 3, 2), int64."""
     size = torch.tensor(patch)[:, None]
     start = torch.tensor(offset) + parameters["shift"]
     box = torch.minimum((valid - start[:, :, None]).clamp(min=0), size)
     mirrored = (size - box).flip(2)
-    return torch.where(parameters["mirror"][:, :, None], mirrored, box)
+    box = torch.where(parameters["mirror"][:, :, None], mirrored, box)
+    if "quarter_turns" not in parameters:
+        return box
+    for axis, (a, b) in enumerate(PLANES):
+        for count in range(3):
+            turned = box.clone()
+            turned[:, a], turned[:, b] = (patch[b] - box[:, b]).flip(1), box[:, a]
+            box = torch.where((parameters["quarter_turns"][:, axis] > count)[:, None, None], turned, box)
+    return box
 
 
 def wholly_inside(matrix: Tensor, valid: Tensor, patch: Sequence[int]) -> Tensor:
@@ -103,40 +137,57 @@ def positions_inside(
     Returns:
         Shape: (N, 1, Z, Y, X), bool.
     """
-    low, high = (limit.float() for limit in _limits(valid))
+    if offset is None:
+        return _affine_inside(matrix, valid, patch, device)
+    low, high = (to_device(limit, device, torch.float32).reshape(-1, 3, 1, 1, 1) for limit in _limits(valid))
     if device.type == "cpu":
         result = torch.empty((len(matrix), *patch), dtype=torch.bool)
         for rows, part in blocks(len(matrix), patch):
             within = torch.ones(result[rows, part].shape, dtype=torch.bool)
             for axis in range(3):
-                position = positions(matrix[rows, axis].float(), patch, part)
-                if offset is not None:
-                    position = position + offset[rows, axis, part]
-                within &= position >= low[rows, axis].reshape(-1, 1, 1, 1)
-                within &= position <= high[rows, axis].reshape(-1, 1, 1, 1)
+                position = positions(matrix[rows, axis].float(), patch, part) + offset[rows, axis, part]
+                within &= position >= low[rows, axis]
+                within &= position <= high[rows, axis]
             result[rows, part] = within
         return result[:, None]
     m = to_device(matrix, device, torch.float32).reshape(-1, 3, 4, 1, 1, 1)
-    low, high = (to_device(limit, device).reshape(-1, 3, 1, 1, 1) for limit in (low, high))
     z, y, x = (
         torch.arange(edge, device=device, dtype=torch.float32).reshape([-1 if a == axis else 1 for a in range(3)])
         for axis, edge in enumerate(patch)
     )
-    position = m[:, :, 0] * z + m[:, :, 1] * y + (m[:, :, 2] * x + m[:, :, 3])
-    if offset is not None:
-        position = position + offset
+    position = m[:, :, 0] * z + m[:, :, 1] * y + (m[:, :, 2] * x + m[:, :, 3]) + offset
     return ((position >= low) & (position <= high)).all(dim=1, keepdim=True)
 
 
+def _affine_inside(matrix: Tensor, valid: Tensor, patch: Sequence[int], device: torch.device) -> Tensor:
+    """Return where affine views lie inside, from where each line along X enters and leaves (Kay and Kajiya, 1986)."""
+    z, y, x = (torch.arange(edge, device=device, dtype=torch.float32) for edge in patch)
+    low, high = (to_device(limit, device, torch.float32)[:, :, None, None] for limit in _limits(valid))
+    m = to_device(matrix, device, torch.float32)[:, :, :, None, None]
+    start = m[:, :, 0] * z[:, None] + (m[:, :, 1] * y + m[:, :, 3])
+    # A line along a face never meets it: far away on the right side.
+    step = m[:, :, 2].masked_fill(m[:, :, 2] == 0, torch.finfo(torch.float32).tiny)
+    first, second = (low - start) / step, (high - start) / step
+    enters = torch.minimum(first, second).amax(dim=1)[:, None, :, :, None]
+    leaves = torch.maximum(first, second).amin(dim=1)[:, None, :, :, None]
+    return (x >= enters).logical_and_(x <= leaves)
+
+
 def crop(
-    image: Tensor, start: Tensor, mirror: Tensor, chosen: Tensor, background: Tensor, patch: Sequence[int]
+    image: Tensor,
+    parameters: Parameters,
+    offset: Sequence[int],
+    chosen: Tensor,
+    background: Tensor,
+    patch: Sequence[int],
 ) -> Tensor:
-    """Cut and mirror whole-voxel views, bit for bit.
+    """Cut, mirror and quarter-turn whole-voxel views, bit for bit.
 
     Args:
         image: Crops as read. Shape: (B, C, Z, Y, X).
-        start: First voxel of each view; may lie outside the crop. Shape: (B, 3), int64, on the CPU.
-        mirror: Axes to mirror. Shape: (B, 3), bool, on the CPU.
+        parameters: `shift`, `mirror` and, where drawn, `quarter_turns` of `Spatial.draw`. A shifted view may leave the
+            crop.
+        offset: First voxel of the unshifted patch in the crop.
         chosen: Rows to fill; the others are left as they come from memory. Shape: (B,), bool, on the CPU.
         background: Value where a view leaves the crop. Shape: (B,), on the CPU.
         patch: Size of the views.
@@ -145,11 +196,14 @@ def crop(
         Always new memory. Shape: (B, C, *patch).
     """
     result = image.new_empty((*image.shape[:2], *patch))
-    groups: dict[tuple[int | bool, ...], list[int]] = {}
-    for row in chosen.nonzero()[:, 0].tolist():
-        groups.setdefault((*start[row].tolist(), *mirror[row].tolist()), []).append(row)
+    start = torch.tensor(offset) + parameters["shift"]
+    turns = parameters.get("quarter_turns", torch.zeros_like(start))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, key in enumerate(torch.cat([start, parameters["mirror"].long(), turns], dim=1).tolist()):
+        if chosen[row]:
+            groups.setdefault(tuple(key), []).append(row)
     for key, rows in groups.items():
-        first, flips = [int(value) for value in key[:3]], [axis for axis in range(3) if key[3 + axis]]
+        first, flips = key[:3], [axis for axis in range(3) if key[3 + axis]]
         low = [max(a, 0) for a in first]
         high = [min(a + edge, size) for a, edge, size in zip(first, patch, image.shape[2:], strict=True)]
         source = image[(slice(None), slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
@@ -162,6 +216,8 @@ def crop(
             padded[(slice(None), slice(None), *where)] = part
             part = padded
         part = part.flip([axis + 2 for axis in flips]) if flips else part
+        for count, (a, b) in zip(key[6:], PLANES, strict=True):
+            part = part.rot90(count, (a + 2, b + 2)) if count else part
         if index is None:
             result.copy_(part)
         else:

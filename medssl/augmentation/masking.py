@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from medssl.augmentation.boxes import draw_cover
 from medssl.augmentation.transform import to_device
 from medssl.data.draw import Draw
 
@@ -67,3 +68,70 @@ def hidden_blocks(spatial_shape: Sequence[int], block: int | Sequence[int], rati
     """Return how many blocks `block_mask` hides in each sample."""
     edges = [block] * len(spatial_shape) if isinstance(block, int) else block
     return round(ratio * math.prod(math.ceil(size / edge) for size, edge in zip(spatial_shape, edges, strict=True)))
+
+
+def random_mask(
+    draw: Draw,
+    spatial_shape: Sequence[int],
+    ratio: float,
+    patch: int | Sequence[int] = 1,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Hide voxels, or patches of a regular grid, each as likely as any other and the same number in every sample.
+
+    Single voxels are chosen on the device from a seed per sample, so that CPU and CUDA choose others; patches are
+    chosen by `block_mask`.
+
+    Args:
+        draw: Stream of the batch.
+        spatial_shape: (Z, Y, X) or (Y, X).
+        ratio: Part that is hidden, rounded to a whole number of voxels or patches.
+        patch: Edge of a patch in voxels, one number or one per axis; 1 hides single voxels.
+        device: Where the mask is returned.
+
+    Returns:
+        True where the input is hidden. Shape: (B, 1, *spatial_shape), bool.
+
+    Raises:
+        ValueError: As in `block_mask`.
+    """
+    sizes = [int(size) for size in spatial_shape]
+    edges = [patch] * len(sizes) if isinstance(patch, int) else list(patch)
+    voxels = math.prod(sizes)
+    hidden = round(ratio * voxels)
+    if edges != [1] * len(sizes) or not 0 <= ratio <= 1 or (0 < ratio < 1 and hidden in (0, voxels)):
+        return block_mask(draw, sizes, patch, ratio, device)
+    where = torch.device(device)
+    # The fewer of the hidden and the visible voxels are picked.
+    picked = min(hidden, voxels - hidden)
+    mask = torch.full((len(draw), voxels), hidden > picked, dtype=torch.bool, device=where)
+    for row, seed in zip(mask, draw.integers(0, 2**62).tolist(), strict=True):
+        numbers = torch.rand(voxels, generator=torch.Generator(device=where).manual_seed(seed), device=where)
+        row.index_fill_(0, numbers.topk(picked, sorted=False).indices, hidden == picked)
+    return mask.reshape(len(draw), 1, *sizes)
+
+
+def group_mask(
+    draw: Draw,
+    spatial_shape: Sequence[int],
+    ratio: tuple[float, float] = (0.5, 0.75),
+    side: tuple[float, float] = (0.05, 0.3),
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Hide random boxes until a drawn part of the image is covered (Atito et al., GMML, 2022).
+
+    Args:
+        draw: Stream of the batch.
+        spatial_shape: (Z, Y, X) or (Y, X).
+        ratio: Range of the part that is hidden, drawn per sample.
+        side: Range of the boxes' sides as part of the image's edge, drawn for each box and axis.
+        device: Where the mask is returned.
+
+    Returns:
+        True where the input is hidden: at least the drawn part, and less than it without the last box. Shape:
+        (B, 1, *spatial_shape), bool.
+
+    Raises:
+        ValueError: If a range is not ordered or not in [0, 1], or the boxes are too small to cover an image one by one.
+    """
+    return to_device(draw_cover(draw, spatial_shape, ratio, side)[:, None], torch.device(device))

@@ -11,18 +11,24 @@ from typing import Any, Literal
 import torch
 import yaml
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from medssl.augmentation.catalogue import CATALOGUE
 from medssl.augmentation.extent import read_size_for
+from medssl.augmentation.interop import Library
+from medssl.augmentation.libraries import LibrarySettings
 from medssl.augmentation.mirror import Laterality, allowed_axes, swap_classes, swap_table
+from medssl.augmentation.pairs import pair_shifts
 from medssl.augmentation.spatial import Spatial, SpatialSettings
 from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings
-from medssl.config import Settings, check_settings, read_yaml
+from medssl.config import Settings, check_settings, merged, read_yaml
 from medssl.data.batch import Batch, View, Views
 from medssl.data.draw import Draw
 from medssl.errors import DataError, UsageError, unknown_name
 
-PURPOSES = ("reconstruction", "fine-tuning", "weak", "strong", "contrastive", "none")
+PURPOSES = ("reconstruction", "restoration", "fine-tuning", "weak", "strong", "contrastive", "none")
+# Purposes whose views carry the image before changes of intensity as their target.
+WITH_TARGET = frozenset({"reconstruction", "restoration"})
 
 
 class AugmentationSettings(Settings):
@@ -65,6 +71,7 @@ class PolicySettings(Settings):
 
     spatial: SpatialSettings = SpatialSettings()
     intensity: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    library: tuple[LibrarySettings, ...] = ()
 
     def transforms(self, where: str) -> dict[str, TransformSettings]:
         """Return the settings of each intensity transform, in order."""
@@ -105,9 +112,10 @@ class Policy:
             classes=settings.classes,
         )
         self.intensity = _intensity_of(self.by_modality, purpose)
+        self.library = Library({name: p.library for name, p in self.by_modality.items()}, purpose, settings.laterality)
         self.read_size = read_size_for(self.spatial)
 
-    def view(self, batch: Batch, draw: Draw) -> View:
+    def view(self, batch: Batch, draw: Draw, *, shift: Tensor | None = None) -> View:
         """Make one view of each sample: moved, cut to the patch, then changed in intensity.
 
         Two policies with the same spatial settings move a sample alike when they are given the same draw.
@@ -115,9 +123,11 @@ class Policy:
         Args:
             batch: Crops of `read_size` or any other size; not modified.
             draw: Stream of this view.
+            shift: Where the patch lies, in voxels from the middle of the crop, instead of what the policy would draw.
+                Shape: (B, 3), int64, on the CPU.
 
         Returns:
-            For the purpose `reconstruction`, `target` is the image before changes of intensity; it may share memory
+            For the purposes `WITH_TARGET`, `target` is the image before changes of intensity; it may share memory
             with `image`.
 
         Raises:
@@ -127,15 +137,23 @@ class Policy:
             modality = self._known(batch)
             facts = Facts.of(batch, modality, self.patch_size)
             drawn: dict[str, Parameters] = {"spatial": self.spatial.draw(facts, draw.child("spatial"))}
+            if shift is not None:
+                drawn["spatial"]["shift"] = shift
             placed = self.spatial.apply(batch, drawn["spatial"])
             self._check(placed.image, modality, "spatial")
+            if self.library:
+                drawn["library"] = self.library.draw(facts, draw.child("library"))
+                placed = self.library.move(placed, facts, drawn["library"])
             image, target, label = placed.image, None, placed.label
             for transform in self.intensity:
                 drawn[transform.name] = transform.draw(facts, draw.child(transform.name))
-            if self.purpose == "reconstruction":
+            if self.purpose in WITH_TARGET:
                 target = image
                 if any(bool(drawn[transform.name]["active"].any()) for transform in self.intensity):
                     image = image.clone()
+            if self.library:
+                image, label = self.library.change(image, label, facts, drawn["library"])
+                self._check(image, modality, "library")
             for transform in self.intensity:
                 image = transform.apply_(image, drawn[transform.name])
                 self._check(image, modality, transform.name)
@@ -154,6 +172,27 @@ class Policy:
     def two(self, batch: Batch, draw: Draw) -> Views:
         """Make two views of each sample, drawn apart."""
         return [self.view(batch, draw.child("first")), self.view(batch, draw.child("second"))]
+
+    def pair(self, batch: Batch, draw: Draw, overlap: tuple[float, float]) -> Views:
+        """Make two views of each sample whose boxes share a drawn part of their volume; the rest is drawn apart.
+
+        The boxes are those before turning and scaling. `spatial.shift` bounds how far apart they can lie, and with it
+        `read_size`: at least the product of 1 - 2 shift over the axes is shared.
+
+        Args:
+            batch: Crops of `read_size` or larger.
+            draw: Stream of the pair.
+            overlap: Smallest and largest volume of the intersection, relative to the patch's.
+
+        Raises:
+            UsageError: If the range is out of reach of `spatial.shift`, or the crops are too small.
+        """
+        facts = Facts.of(batch, self._known(batch), self.patch_size)
+        first, second = pair_shifts(self.spatial, batch, facts, draw.child("pair"), overlap)
+        return [
+            self.view(batch, draw.child("first"), shift=first),
+            self.view(batch, draw.child("second"), shift=second),
+        ]
 
     def described(self) -> dict[str, Any]:
         """Return the resolved policy of each modality, for a recipe."""
@@ -262,7 +301,7 @@ def _resolved(content: Mapping[str, Any], modality: str, overrides: Mapping[str,
     for name in own:
         if name not in _modalities():
             raise UsageError(f"{where}: {unknown_name('modality', name, _modalities())}")
-    values = _merged(_merged(values, own.get(modality) or {}), overrides)
+    values = merged(merged(values, own.get(modality) or {}), overrides)
     policy = check_settings(PolicySettings, values, where)
     for name, settings in policy.transforms(where).items():
         if settings.probability > 0 and not CATALOGUE[name].fits(modality):
@@ -289,16 +328,6 @@ def _intensity_of(by_modality: Mapping[str, PolicySettings], where: str) -> list
         for name in order
         if any(name in of_one and of_one[name].probability > 0 for of_one in settings.values())
     ]
-
-
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(values)
-    for name, change in changes.items():
-        before = result.get(name)
-        result[name] = (
-            _merged(before, change) if isinstance(before, Mapping) and isinstance(change, Mapping) else change
-        )
-    return result
 
 
 @cache

@@ -2,13 +2,15 @@
 
 On CUDA this is `grid_sample`. On the CPU that is several times slower than need be: it makes a grid of three floats per
 voxel and visits it one voxel at a time. There, a slab of output at a time has its eight neighbours gathered and mixed
-by vectorised operations that stay in the cache.
+by vectorised operations that stay in the cache; and where slices stay slices, as in a turn within the plane or a zoom,
+they are mixed along their axis first and then share one index, with four neighbours instead of eight.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +39,15 @@ def resample(
     """
     if image.device.type == "cpu":
         result = image.new_empty((*image.shape[:2], *size))
-        for rows, part in blocks(len(image), size):
-            moved = None if offset is None else offset[rows, :, part]
-            _resample_block(image[rows], matrix[rows].float(), result[rows], part, moved, mode)
+        for rows, sliced in _runs(_slices_stay_slices(matrix, offset)):
+            if sliced:
+                for row in range(rows.start, rows.stop):
+                    _resample_slices(image[row], matrix[row].float(), result[row], mode)
+                continue
+            for few, part in blocks(rows.stop - rows.start, size):
+                some = slice(rows.start + few.start, rows.start + few.stop)
+                moved = None if offset is None else offset[some, :, part]
+                _resample_block(image[some], matrix[some].float(), result[some], part, moved, mode)
         return result
     theta = _moved(normalised_theta(matrix.double(), image.shape[2:], size).float(), image.device)
     grid = F.affine_grid(theta, [len(theta), 1, *size], align_corners=False)
@@ -111,6 +119,48 @@ def positions(row: Tensor, size: Sequence[int], part: slice) -> Tensor:
     return result
 
 
+def _runs(flags: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
+    """Yield the rows of each run of equal flags, and the flag."""
+    start = 0
+    for flag, run in itertools.groupby(flags):
+        stop = start + len(list(run))
+        yield slice(start, stop), flag
+        start = stop
+
+
+def _slices_stay_slices(matrix: Tensor, offset: Tensor | None) -> list[bool]:
+    """Tell for which samples each slice of the output is parallel to the slices of the input and moved as a whole."""
+    if offset is not None or matrix.shape[1] < 3:
+        return [False] * len(matrix)
+    stays: list[bool] = ((matrix[:, 0, 1:-1] == 0) & (matrix[:, 1:, 0] == 0)).all(dim=1).tolist()
+    return stays
+
+
+def _resample_slices(source: Tensor, matrix: Tensor, target: Tensor, mode: str) -> None:
+    """Fill a view whose slices stay slices.
+
+    Args:
+        source: Shape: (C, *size_in).
+        matrix: Shape: (3, 4), float32.
+        target: To be filled. Shape: (C, *size).
+        mode: `bilinear` or `nearest`.
+    """
+    (depth_in, *plane_in), (depth, *plane) = source.shape[1:], target.shape[1:]
+    index, weights, steps = _neighbours(matrix[None, 1:, 1:], plane_in, plane, slice(0, plane[0]), None, mode)
+    height = (matrix[0, 0] * torch.arange(depth) + matrix[0, 3]).clamp_(0, depth_in - 1)
+    lower = height.round() if mode == "nearest" else height.floor().clamp_(max=max(depth_in - 2, 0))
+    share = height - lower
+    mixes = mode == "bilinear" and bool((share != 0).any())
+    together = max(1, VOXELS_AT_ONCE // max(1, math.prod(plane_in)))
+    for channel, first in itertools.product(range(len(source)), range(0, depth, together)):
+        some = slice(first, first + together)
+        slices = source[channel].index_select(0, lower[some].int())
+        if mixes:
+            above = source[channel].index_select(0, lower[some].int() + 1)
+            slices.lerp_(above, share[some, None, None].to(source.dtype))
+        _mix(slices.flatten(1), index, weights, steps, target[channel, some].view(len(slices), -1))
+
+
 def _resample_block(
     source: Tensor, matrix: Tensor, target: Tensor, part: slice, offset: Tensor | None, mode: str
 ) -> None:
@@ -124,13 +174,30 @@ def _resample_block(
         offset: Of that range. Shape: (n, D, slab, *size[1:]), or None.
         mode: `bilinear` or `nearest`.
     """
-    size_in, size = source.shape[2:], target.shape[2:]
+    index, weights, steps = _neighbours(matrix, source.shape[2:], target.shape[2:], part, offset, mode)
+    for channel in range(source.shape[1]):
+        values = source[:, channel].reshape(1, -1)
+        if len(source) == 1:
+            _mix(values, index, weights, steps, target[0, channel, part].view(1, -1))
+        else:
+            mixed = _mix(values, index, weights, steps, target.new_empty(1, len(index)))
+            target[:, channel, part] = mixed.view(len(source), -1, *target.shape[3:])
+
+
+def _neighbours(
+    matrix: Tensor, size_in: Sequence[int], size: Sequence[int], part: slice, offset: Tensor | None, mode: str
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Return which voxels are mixed, and how.
+
+    Returns:
+        Number of the first neighbour of each output voxel in the flattened samples; for each axis that is mixed, the
+        share of the further neighbour and how many voxels it is further. An axis of one voxel is not mixed.
+    """
     voxels = math.prod(size_in)
-    exact = len(source) * voxels < EXACT_IN_FLOAT32
+    exact = len(matrix) * voxels < EXACT_IN_FLOAT32
     index_dtype = torch.float32 if exact else torch.int64
-    first = torch.arange(len(source), dtype=index_dtype).mul_(voxels).reshape(-1, *([1] * len(size)))
-    shape = (len(source), part.stop - part.start, *size[1:])
-    lower = first.expand(shape).clone()
+    first = torch.arange(len(matrix), dtype=index_dtype).mul_(voxels).reshape(-1, *([1] * len(size)))
+    lower = first.expand(len(matrix), part.stop - part.start, *size[1:]).clone()
     weights: list[Tensor] = []
     steps: list[int] = []
     for axis, edge in enumerate(size_in):
@@ -143,29 +210,35 @@ def _resample_block(
             voxel = position.round_()
         elif edge > 1:
             voxel = position.floor().clamp_(max=edge - 2)
-            weights.append(position.sub_(voxel).reshape(-1).to(source.dtype))
+            weights.append(position.sub_(voxel).reshape(-1))
             steps.append(stride)
         else:
             continue
         lower.add_(voxel.to(index_dtype), alpha=stride)
     index = lower.reshape(-1)
-    index = index.int() if exact else index
-    for channel in range(source.shape[1]):
-        values = source[:, channel].reshape(-1)
-        if len(source) == 1:
-            _mix(values, index, weights, steps, target[0, channel, part].view(-1))
-        else:
-            mixed = _mix(values, index, weights, steps, target.new_empty(index.shape))
-            target[:, channel, part] = mixed.reshape(shape)
+    return index.int() if exact else index, weights, steps
 
 
 def _mix(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequence[int], out: Tensor) -> Tensor:
-    """Write the linear mixture of the neighbours of each index along each of the axes to `out`, and return it."""
+    """Write the linear mixture of the neighbours of each index along each of the axes to `out`, and return it.
+
+    Args:
+        values: Rows that share the index. Shape: (K, voxels).
+        index: Shape: (n,).
+        weights: Of each axis. Shape: (n,).
+        steps: Of each axis.
+        out: Shape: (K, n), contiguous.
+    """
     if not weights:
-        return torch.index_select(values, 0, index, out=out)
+        # Rows at once are fast for float32 only (torch 2.15).
+        if len(values) > 1 and values.dtype == torch.float32:
+            return torch.index_select(values, 1, index, out=out)
+        for row, target in zip(values, out, strict=True):
+            torch.index_select(row, 0, index, out=target)
+        return out
     below = _mix(values, index, weights[1:], steps[1:], out)
-    above = _mix(values[steps[0] :], index, weights[1:], steps[1:], torch.empty_like(out))
-    return torch.lerp(below, above, weights[0], out=out)
+    above = _mix(values[:, steps[0] :], index, weights[1:], steps[1:], torch.empty_like(out))
+    return torch.lerp(below, above, weights[0].to(out.dtype), out=out)
 
 
 def _moved(values: Tensor, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
-"""Rotation, scaling, elastic deformation, mirroring, shift and cropping to the patch, in one resampling.
+"""Rotation, scaling, elastic deformation, mirroring, quarter turns, shift and cropping to the patch in one resampling.
 
-A sample that drew neither rotation, scaling nor deformation is cropped and mirrored bit for bit. Rotation happens in
-mm: with anisotropic voxels a turn in voxel space would shear the anatomy.
+A sample that drew neither rotation, scaling nor deformation is cropped, mirrored and turned by quarters bit for bit.
+Rotation happens in mm: with anisotropic voxels a turn in voxel space would shear the anatomy.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from medssl.augmentation.elastic import control_shape, displacement_mm, largest_shift_mm
 from medssl.augmentation.geometry import (
+    PLANES,
     box_mask,
     crop,
     is_resampled,
@@ -34,6 +35,8 @@ from medssl.data.sampling import margin_before
 
 # nnU-Net's threshold: beyond it a turn out of the plane would show neighbouring slices through a handful of samples.
 ANISOTROPIC = 3.0
+# Largest ratio of two voxel sizes that a quarter turn may exchange.
+SAME_SPACING = 1.01
 
 
 class Rotation(TransformSettings):
@@ -95,6 +98,17 @@ class Mirror(TransformSettings):
     axes: tuple[Axis, ...] = AXES
 
 
+class Rot90(TransformSettings):
+    """Quarter turns, exact. A sample is turned once, twice or three times in one plane, drawn among those whose two
+    edges and voxel sizes are equal; if there is none, it is not turned.
+
+    Args:
+        axes: Axes across which the plane of the turn may lie.
+    """
+
+    axes: tuple[Axis, ...] = AXES
+
+
 class SpatialSettings(Settings):
     """Everything that moves anatomy.
 
@@ -103,13 +117,16 @@ class SpatialSettings(Settings):
         scale: Zoom.
         elastic: Smooth deformation.
         mirror: Mirroring.
-        shift: How far the patch is moved at most along each axis, in patch sizes; whole voxels.
+        rot90: Quarter turns.
+        shift: How far the patch is moved at most along each axis, in patch sizes; whole voxels. Two views of one crop
+            lie up to twice as far apart.
     """
 
     rotation: Rotation = Rotation()
     scale: Scale = Scale()
     elastic: Elastic = Elastic()
     mirror: Mirror = Mirror(probability=0.0)
+    rot90: Rot90 = Rot90()
     shift: float = Field(default=0.0, ge=0, le=1)
 
 
@@ -152,7 +169,8 @@ class Spatial:
 
         Returns:
             `angle_degrees` (B, 3) about (z, y, x), `scale` (B, 3), `mirror` (B, 3) bool, `shift` (B, 3) in voxels,
-            `elastic_strength` (B,), `elastic_control` (B, 3, ...) in [-1, 1].
+            `elastic_strength` (B,); where any modality may have them, `elastic_control` (B, 3, ...) in [-1, 1] and
+            `quarter_turns` (B, 3) in the planes across (z, y, x).
         """
         chosen = [self.by_modality[modality] for modality in facts.modality]
         edges = torch.tensor(self._patch)
@@ -179,7 +197,7 @@ class Spatial:
         may = torch.tensor([[axis in s.mirror.axes for axis in AXES] for s in chosen])
         may &= edges > 1
 
-        reach = torch.floor(column([s.shift for s in chosen])[:, None] * edges * (edges > 1))
+        reach = self.reach(facts)
         shift = torch.floor(rng.child("shift").uniform(0, 1, (3,)) * (2 * reach + 1)) - reach
 
         bends = rng.child("elastic").uniform(0, 1) < column([s.elastic.probability for s in chosen])
@@ -192,6 +210,8 @@ class Spatial:
             "shift": shift.long(),
             "elastic_strength": strength,
         }
+        if self.has_rot90:
+            parameters["quarter_turns"] = self._quarter_turns(facts, rng.child("rot90"))
         if self.has_elastic:
             control = rng.child("control").uniform(-1, 1, (3, *control_shape(edges.tolist(), self._cells)))
             control[:, 0] *= ~flat.reshape(-1, 1, 1, 1)
@@ -213,11 +233,10 @@ class Spatial:
         box = valid_box(batch.valid, parameters, offset, patch)
         box[resampled] = torch.tensor([[0, edge] for edge in patch])
         inside = box_mask(box, patch, device)
-        start = torch.tensor(offset) + parameters["shift"]
-        image = crop(source, start, parameters["mirror"], ~resampled, batch.background, patch)
+        image = crop(source, parameters, offset, ~resampled, batch.background, patch)
         label = None
         if source_label is not None:
-            label = crop(source_label, start, parameters["mirror"], ~resampled, torch.zeros(len(batch)), patch)
+            label = crop(source_label, parameters, offset, ~resampled, torch.zeros(len(batch)), patch)
 
         rows = resampled.nonzero()[:, 0]
         if len(rows):
@@ -238,8 +257,9 @@ class Spatial:
             bent = parameters["elastic_strength"][rows] > 0
             if not bool((wholly_inside(matrix[rows], batch.valid[rows], patch) & ~bent).all()):
                 seen = positions_inside(matrix[rows], batch.valid[rows], patch, in_voxels, device)
-                moved = torch.where(seen, moved, broadcast(batch.background[rows], moved))
-                moved_label = None if moved_label is None else moved_label * seen
+                # In place: new memory of this size costs more than the work.
+                torch.where(seen, moved, broadcast(batch.background[rows], moved), out=moved)
+                moved_label = None if moved_label is None else moved_label.mul_(seen)
                 inside.index_copy_(0, index, seen)
             image = moved if everyone else image.index_copy_(0, index, moved)
             if label is not None and moved_label is not None:
@@ -261,6 +281,17 @@ class Spatial:
         return any(settings.elastic.probability > 0 for settings in self.by_modality.values())
 
     @property
+    def has_rot90(self) -> bool:
+        """Whether any modality may be turned by quarters; only then are they drawn."""
+        return any(settings.rot90.probability > 0 for settings in self.by_modality.values())
+
+    def reach(self, facts: Facts) -> Tensor:
+        """Return how many voxels each sample may be shifted either way. Shape: (B, 3), float32."""
+        edges = torch.tensor(self._patch)
+        part = torch.tensor([self.by_modality[modality].shift for modality in facts.modality])
+        return torch.floor(part[:, None] * edges * (edges > 1))
+
+    @property
     def _patch(self) -> tuple[int, int, int]:
         z, y, x = (1, *self.patch_size) if len(self.patch_size) == 2 else self.patch_size
         return z, y, x
@@ -275,6 +306,18 @@ class Spatial:
         if max(y, x) / z > ANISOTROPIC:
             return torch.ones(len(facts), dtype=torch.bool)
         return facts.spacing_mm[:, 0] / facts.spacing_mm[:, 1:].amin(dim=1) > ANISOTROPIC
+
+    def _quarter_turns(self, facts: Facts, rng: Draw) -> Tensor:
+        chosen = [self.by_modality[modality].rot90 for modality in facts.modality]
+        turns = rng.uniform(0, 1) < torch.tensor([settings.probability for settings in chosen])
+        may = torch.tensor([[axis in settings.axes for axis in AXES] for settings in chosen])
+        for axis, (a, b) in enumerate(PLANES):
+            two = facts.spacing_mm[:, [a, b]]
+            may[:, axis] &= two.amax(dim=1) <= SAME_SPACING * two.amin(dim=1)
+            may[:, axis] &= self._patch[a] == self._patch[b] > 1
+        across = torch.where(may, rng.uniform(0, 1, (3,)), -1.0).argmax(dim=1)
+        count = rng.integers(1, 4) * turns * may.any(dim=1)
+        return torch.zeros(len(facts), 3, dtype=torch.int64).scatter_(1, across[:, None], count[:, None])
 
     def _displacement(self, parameters: Parameters, batch: Batch) -> Tensor | None:
         if "elastic_control" not in parameters:

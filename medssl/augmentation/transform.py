@@ -17,6 +17,8 @@ from medssl.data.draw import Draw
 # What was drawn, one row per sample, on the CPU: it can be logged, shared between views and replayed.
 Parameters = dict[str, Tensor]
 SettingsT = TypeVar("SettingsT", bound="TransformSettings")
+# Columns of settings that a transform keeps: a batch of another make-up of modalities needs others.
+MOST_COLUMNS = 256
 
 
 class TransformSettings(Settings):
@@ -89,18 +91,17 @@ class Transform(Generic[SettingsT]):
 
     def __init__(self, by_modality: Mapping[str, SettingsT]) -> None:
         self.by_modality = dict(by_modality)
+        self._columns: dict[tuple[str, tuple[str, ...]], Tensor] = {}
 
     def draw(self, facts: Facts, rng: Draw) -> Parameters:
         """Draw one row of parameters per sample; `active` (B, C) tells which channels are changed."""
-        shape = (facts.channels,)
-        probability = self.per_sample(facts, lambda settings: settings.probability)
-        active = rng.uniform(0, 1) < probability
-        per_channel = self.per_sample(facts, lambda settings: getattr(settings, "per_channel", 1.0), missing=1.0)
-        chosen = rng.uniform(0, 1, shape) < per_channel[:, None]
+        probability, per_channel = self._numbers(facts, "probability"), self._numbers(facts, "per_channel", missing=1.0)
+        active = rng.uniform(0, 1)[:, None] < probability[:, None]
+        chosen = rng.uniform(0, 1, (facts.channels,)) < per_channel[:, None]
         values = self.values(facts, rng)
         strength, without_effect = self.neutral
         effective = (values[strength] != without_effect).reshape(len(facts), facts.channels, -1).any(dim=2)
-        return {"active": active[:, None] & chosen & effective, **values}
+        return {"active": active & chosen & effective, **values}
 
     def apply(self, image: Tensor, parameters: Parameters) -> Tensor:
         """Return the changed batch; the input is not modified. Shape: (B, C, ...)."""
@@ -160,10 +161,20 @@ class Transform(Generic[SettingsT]):
         return torch.where(below, low + (high.clamp(max=1) - low) * u, above)
 
     def _range(self, facts: Facts, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        low = self.per_sample(facts, lambda settings: getattr(settings, name)[0], missing=1.0)
-        high = self.per_sample(facts, lambda settings: getattr(settings, name)[1], missing=1.0)
-        trailing = (slice(None), *([None] * len(shape)))
-        return low[trailing], high[trailing]
+        ends = self._numbers(facts, name, missing=(1.0, 1.0)).reshape(2, -1, *([1] * len(shape)))
+        return ends[0], ends[1]
+
+    def _numbers(self, facts: Facts, name: str, missing: float | tuple[float, float] = 0.0) -> Tensor:
+        """Return a setting of each sample; kept, since batches of one make-up follow each other. Shape: (B,) or (2, B)."""
+        key = (name, facts.modality)
+        if key not in self._columns:
+            if len(self._columns) > MOST_COLUMNS:
+                self._columns.clear()
+            found = {modality: getattr(settings, name, missing) for modality, settings in self.by_modality.items()}
+            rows = [found.get(modality, missing) for modality in facts.modality]
+            table = torch.tensor(rows, dtype=torch.float32).reshape(len(rows), -1)
+            self._columns[key] = table.T.contiguous().squeeze(0)
+        return self._columns[key]
 
 
 def to_device(values: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

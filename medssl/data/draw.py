@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from medssl.data.generators import stream_key
 # Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014: odd step, and finaliser in
 # Stafford's variant 13. Counter-based: a batch's numbers are made at once and a sample's do not depend on the others.
 _STEP = np.uint64(0x9E3779B97F4A7C15)
+_TO_24 = np.uint64(40)
+_AT_ONCE = 32
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
@@ -23,7 +26,7 @@ class Draw:
 
     A sample's numbers depend on the seed, on its index in the endless stream and on the path of names that led here,
     and on nothing else: not on the batch it travels in, the worker that read it, or what was drawn before under
-    another name. Each call below one path consumes a running number of that path, so that two calls differ.
+    another name. Each number below one path is the next of its sequence, so that two calls differ.
 
     Args:
         seed: The run's seed.
@@ -33,19 +36,29 @@ class Draw:
 
     def __init__(self, seed: int, sample_index: Tensor | Sequence[int], path: tuple[str, ...] = ()) -> None:
         self.seed = int(seed)
-        self.sample_index = [int(index) for index in sample_index]
+        listed = sample_index.tolist() if isinstance(sample_index, Tensor) else list(sample_index)
+        self.sample_index = [int(index) for index in listed]
         self.path = path
-        self._calls = 0
+        index = np.array(self.sample_index, dtype=np.int64).astype(np.uint64)
+        self._hashed_index = _mixed(index * _STEP + np.uint64(self.seed % 2**64))
+        self._used = 0
+        self._keys: NDArray[np.uint64] | None = None
+        self._first: NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return len(self.sample_index)
 
     def child(self, name: str | int) -> Draw:
         """Return the stream of a view or a transform; the same name gives the same stream."""
-        return Draw(self.seed, self.sample_index, (*self.path, str(name)))
+        child = copy.copy(self)
+        child.path = (*self.path, str(name))
+        child._used, child._keys, child._first = 0, None, None
+        return child
 
     def uniform(self, low: float, high: float, shape: tuple[int, ...] = ()) -> Tensor:
         """Return float32 numbers in [low, high). Shape: (B, *shape)."""
+        if low == 0 and high == 1:
+            return torch.from_numpy((self._bits(shape) >> _TO_24).astype(np.float32) * np.float32(2.0**-24))
         numbers = torch.from_numpy(low + (high - low) * self._fractions(shape)).float()
         # Rounding to float32 may reach the upper end, which is excluded.
         return numbers.clamp_(max=float(np.nextafter(np.float32(high), np.float32(low)))) if low < high else numbers
@@ -87,13 +100,19 @@ class Draw:
 
     def _bits(self, shape: tuple[int, ...]) -> NDArray[np.uint64]:
         """Return 64 random bits for each number. Shape: (B, *shape)."""
-        name = "/".join((*self.path, str(self._calls)))
-        self._calls += 1
-        stream = np.frombuffer(stream_key(self.seed, 0, name), dtype="<u8").astype(np.uint64)
-        index = np.array(self.sample_index, dtype=np.int64).astype(np.uint64)
-        keys = _mixed(_mixed(index * _STEP + stream[0]) ^ stream[1])
-        count = np.arange(1, math.prod(shape) + 1, dtype=np.uint64)
-        return _mixed(keys[:, None] + count * _STEP).reshape(len(self), *shape)
+        start, self._used = self._used, self._used + math.prod(shape)
+        if self._used > _AT_ONCE:
+            return self._sequence(start, self._used).reshape(len(self), *shape)
+        if self._first is None:
+            # Making one number costs as much as making some dozens: the first are made together.
+            self._first = self._sequence(0, _AT_ONCE)
+        return self._first[:, start : self._used].reshape(len(self), *shape)
+
+    def _sequence(self, start: int, stop: int) -> NDArray[np.uint64]:
+        if self._keys is None:
+            stream = np.frombuffer(stream_key(self.seed, 0, "/".join(self.path)), dtype="<u8")
+            self._keys = _mixed((self._hashed_index ^ stream[0]) + stream[1])[:, None]
+        return _mixed(self._keys + np.arange(start + 1, stop + 1, dtype=np.uint64) * _STEP)
 
 
 def _mixed(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -80,6 +80,11 @@ class CropLoader:
         return self._reader.sampler.channels
 
     @property
+    def samples(self) -> int:
+        """Samples of a batch on this rank."""
+        return self._reader.samples
+
+    @property
     def reader_processes(self) -> list[int]:
         """Ids of the reader processes; empty before the first batch and without workers."""
         return [] if self._pool is None else self._pool.process_ids
@@ -110,8 +115,9 @@ class CropLoader:
         self.close()
 
     def _read_here(self, step: int) -> Iterator[BatchArrays]:
+        """Yield the arrays of each step; they are overwritten after the next item was asked for."""
+        content = BatchArrays(*self._reader.layout())
         while True:
-            content = BatchArrays(*self._reader.layout())
             self._reader.read(step, content)
             yield content
             step += 1
@@ -159,12 +165,13 @@ class CropLoader:
 
     def _batch(self, content: BatchArrays, *, pin: bool = False) -> Batch:
         """Copy the arrays into a batch of their own."""
-        entries = [self._reader.store.entry(self.volumes[position]) for position in content.facts["volume"]]
+        rows = [self._reader.store.row(self.volumes[position]) for position in content.facts["volume"]]
         flat = self.settings.dimensions == 2
         image = _tensor(content.image[:, :, 0] if flat else content.image, torch.float32, pin)
         label = None
         if content.label is not None:
-            label = _tensor(content.label[:, 0] if flat else content.label, torch.int64, pin)
+            # To a device labels travel as they are stored, a quarter of the bytes; it widens them itself.
+            label = _tensor(content.label[:, 0] if flat else content.label, torch.int16 if pin else torch.int64, pin)
         facts = content.facts
         return Batch(
             image=image,
@@ -174,8 +181,8 @@ class CropLoader:
             spacing_mm=torch.from_numpy(facts["spacing_mm"].copy()),
             valid=torch.from_numpy(facts["valid"].copy()),
             background=torch.from_numpy(facts["background"].copy()),
-            modality=tuple(entry.modality for entry in entries),
-            patient_key=tuple(entry.patient_key for entry in entries),
+            modality=tuple(str(row["modality"]) for row in rows),
+            patient_key=tuple(str(row["patient_key"]) for row in rows),
             label=label,
             rescale=torch.from_numpy(facts["rescale"].copy()),
         )
@@ -189,17 +196,25 @@ class CropLoader:
                 pinned = self._batch(next(arrays), pin=True)
                 with torch.cuda.stream(stream):
                     batch = pinned.to(self.device, non_blocking=True)
+                    if batch.label is not None:
+                        batch.label = batch.label.long()
                     arrived = torch.cuda.Event()
                     arrived.record(stream)
                 on_their_way.append((batch, arrived))
-            batch, arrived = on_their_way.popleft()
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(arrived)
-            for tensor in (batch.image, batch.label):
-                if tensor is not None:
-                    # The memory belongs to the copying stream: it must not be reused while this one computes with it.
-                    tensor.record_stream(current)
-            yield batch
+                del pinned, batch
+            # No name here holds on to what is handed out: its memory is free as soon as its user lets go.
+            yield _arrived(*on_their_way.popleft())
+
+
+def _arrived(batch: Batch, event: torch.cuda.Event) -> Batch:
+    """Let the stream that computes wait for a batch; the host does not."""
+    current = torch.cuda.current_stream(batch.image.device)
+    current.wait_event(event)
+    for tensor in (batch.image, batch.label):
+        if tensor is not None:
+            # The memory belongs to the copying stream: it must not be reused while this one computes with it.
+            tensor.record_stream(current)
+    return batch
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype, pin: bool) -> Tensor:

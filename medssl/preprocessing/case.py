@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medssl.archive.volume import Volume, spacing_of
 from medssl.errors import InputRefused
+from medssl.preprocessing.codec import LOSSLESS
 from medssl.preprocessing.content import Box, content_box, outside_value
 from medssl.preprocessing.normalise import Normalisation, fit, scheme_of
 from medssl.preprocessing.orient import canonical
@@ -34,14 +35,14 @@ class Plan:
         normalisation: `by-modality` or a key of `normalise.SCHEMES`.
         fingerprint: Intensities by modality, for the scheme `fingerprint`.
         crop: Whether to crop to the content.
-        dtype: `float32`, or `float16` to halve the store at 3 significant digits.
+        codec: How the intensities are stored, a key of `codec.CODECS`.
     """
 
     spacing_mm: tuple[float, float, float] | None
     normalisation: str
     fingerprint: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     crop: bool = True
-    dtype: str = "float32"
+    codec: str = LOSSLESS
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Prepared:
         facts: Geometry, normalisation, background and foreground; JSON-able.
     """
 
-    array: NDArray[Any]
+    array: NDArray[np.float32]
     label: NDArray[np.int16] | None
     facts: dict[str, Any]
 
@@ -118,7 +119,7 @@ def prepare(
         "modality": modalities[0],
         "channel_modalities": list(modalities),
     }
-    return Prepared(resampled.astype(plan.dtype, copy=False), new_label, facts)
+    return Prepared(resampled, new_label, facts)
 
 
 def one_per_channel(modalities: Sequence[str], volume: Volume) -> tuple[str, ...]:

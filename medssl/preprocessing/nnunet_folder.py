@@ -12,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.errors import DataError
+from medssl.preprocessing.codec import Encoding
 from medssl.preprocessing.store import Store
-from medssl.preprocessing.store_files import LABEL_SUFFIX, MAX_FOREGROUND, SCHEMA_VERSION, StoreEntry, number_of
+from medssl.preprocessing.store_files import LABEL_SUFFIX, MAX_FOREGROUND, StoreEntry, number_of
 from medssl.preprocessing.tissue import sample_above, tissue_mask
 
 #: nnU-Net pads with zero after normalisation.
 NNUNET_BACKGROUND = 0.0
+#: Of what is said here of a folder; it is part of its hash, by which an interrupted run knows its data.
+SCHEMA_VERSION = 1
 _HASHED_BYTES = 65536
 
 
@@ -33,6 +36,12 @@ class NnunetStore(Store):
     `splits_final.json`. A case is its own patient. Voxels of the foreground are found on first use: nnU-Net keeps them
     in a pickle, and pickles run code.
     """
+
+    def __init__(self, folder: Path, info: dict[str, Any]) -> None:
+        """Use `of_folder`."""
+        super().__init__(folder, info)
+        # Kept apart from the entries, of which a store keeps the latest only: finding them again reads a whole volume.
+        self._voxels: dict[str, NDArray[Any]] = {}
 
     @staticmethod
     def of_folder(folder: Path) -> NnunetStore:
@@ -89,17 +98,49 @@ class NnunetStore(Store):
             background=NNUNET_BACKGROUND,
             foreground=self._foreground(volume_id, (depth, height, width)),
             has_label=facts["has_label"],
+            properties={"normalisation": _normalisation(self.info)},
         )
 
     def _foreground(self, volume_id: str, shape: tuple[int, int, int]) -> NDArray[np.int64]:
-        mask = tissue_mask(self.read(volume_id, (0, 0, 0), shape, channels=[0])[0])
-        if self.has_label(volume_id):
-            # -1 marks what nnU-Net found to be outside of the image's content.
-            mask &= self._decode(volume_id, self._array(volume_id + LABEL_SUFFIX), (0,)) >= 0
-        return sample_above(mask, 0.5, MAX_FOREGROUND, volume_id)
+        if volume_id not in self._voxels:
+            mask = tissue_mask(self.read(volume_id, (0, 0, 0), shape, channels=[0])[0])
+            if self.has_label(volume_id):
+                # -1 marks what nnU-Net found to be outside of the image's content.
+                mask &= self._decode(volume_id, self._array(volume_id + LABEL_SUFFIX), (0,)) >= 0
+            found = sample_above(mask, 0.5, MAX_FOREGROUND, volume_id)
+            self._voxels[volume_id] = found.astype(np.min_scalar_type(max(shape)))
+        return self._voxels[volume_id].astype(np.int64)
+
+    def _encoding(self, volume_id: str) -> Encoding:
+        return Encoding()  # nnU-Net's arrays are intensities, whatever their type
 
     def _clean_label(self, label: NDArray[np.int16]) -> NDArray[np.int16]:
         return np.maximum(label, 0)
+
+
+def _normalisation(info: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return how the channels were normalised where that can be undone: where all of them are CT.
+
+    nnU-Net's other schemes take their figures from each image and write them nowhere.
+    """
+    schemes = info["normalisation"]["schemes"]
+    if not schemes or any(scheme != "CTNormalization" for scheme in schemes):
+        return []
+    try:
+        return [_ct_normalisation(info["fingerprint"][str(channel)]) for channel in range(len(schemes))]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _ct_normalisation(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "scheme": "fingerprint",
+        "shift": float(properties["mean"]),
+        # nnU-Net's own floor of what it divides by.
+        "scale": max(float(properties["std"]), 1e-8),
+        "low": float(properties["percentile_00_5"]),
+        "high": float(properties["percentile_99_5"]),
+    }
 
 
 def _without_label(stem: str) -> str:

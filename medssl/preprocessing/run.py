@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from medssl.archive.codes import explain
-from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, MedsslError, UsageError, unknown_name
+from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, MedsslError, UsageError
 from medssl.files import prepare_output_folder, write_json
 from medssl.preprocessing import worker
 from medssl.preprocessing.case import Plan
+from medssl.preprocessing.codec import LOSSLESS, check_codec
 from medssl.preprocessing.normalise import check_scheme
 from medssl.preprocessing.runners import Runner, runner
 from medssl.preprocessing.source import Job, open_source
@@ -26,8 +27,6 @@ from medssl.preprocessing.survey import Options, plan_of, store_info
 from medssl.progress import progress
 
 logger = logging.getLogger(__name__)
-
-DTYPES = ("float32", "float16")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,9 @@ class PreprocessSummary:
         failed: Volumes that cannot be used; they are in `failed.json`.
         codes: How many failed by reason code.
         spacing_mm: Target voxel size (z, y, x), or None for each volume's own.
+        codec: How the intensities are stored.
+        largest_error: Largest change of an intensity by the codec, in normalised intensities.
+        rms_error: Root mean square of the changes.
         seconds: Wall-clock time.
     """
 
@@ -50,6 +52,9 @@ class PreprocessSummary:
     failed: int
     codes: dict[str, int] = field(default_factory=dict)
     spacing_mm: tuple[float, ...] | None = None
+    codec: str = LOSSLESS
+    largest_error: float = 0.0
+    rms_error: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -67,6 +72,9 @@ class PreprocessSummary:
             "failed": self.failed,
             "codes": self.codes,
             "spacing_mm": None if self.spacing_mm is None else list(self.spacing_mm),
+            "codec": self.codec,
+            "largest_error": self.largest_error,
+            "rms_error": self.rms_error,
             "seconds": round(self.seconds, 3),
         }
 
@@ -75,10 +83,18 @@ class PreprocessSummary:
         lines = [f"{self.volumes} volumes, voxels (z, y, x) {size}, {self.seconds:.1f} s"]
         if self.kept:
             lines[0] += f", {self.kept} of them were there before"
+        if self.codec != LOSSLESS:
+            lines.append(
+                f"Stored as {self.codec}: largest error {self.largest_error:.2g}, root mean square "
+                f"{self.rms_error:.2g}, in units of the normalised image"
+            )
         lines += [f"{count} failed: {code}. {explain(code)}" for code, count in self.codes.items()]
         if self.failed:
             lines.append(f"Each failed volume has a row in {FAILED_FILE}.")
         return "\n".join(lines)
+
+    def __rich__(self) -> str:
+        return str(self)
 
 
 def preprocess(
@@ -89,7 +105,7 @@ def preprocess(
     spacing: str | Sequence[float] = "median",
     normalisation: str = "by-modality",
     crop: bool = True,
-    dtype: str = "float32",
+    codec: str = LOSSLESS,
     workers: int | None = None,
     executor: Executor | None = None,
     scheduler: str | None = None,
@@ -110,7 +126,8 @@ def preprocess(
         spacing: Voxel size (z, y, x) in mm, `median` of all volumes, or `native`.
         normalisation: `by-modality`, or a key of `normalise.SCHEMES` for all.
         crop: Whether to crop to the content.
-        dtype: `float32` or `float16`.
+        codec: How the intensities are stored, a key of `codec.CODECS`; all but `lossless` change them a little, by
+            how much stands in the facts of each volume and in `store.json`.
         workers: Processes on this machine; by default one per core.
         executor: Runs the work in place of local processes. Its machines must see the same files.
         scheduler: Address of a Dask scheduler, or `local` for a Dask cluster on this machine.
@@ -129,7 +146,7 @@ def preprocess(
         raise UsageError("Give an executor or a scheduler, not both.")
     if workers is not None and workers < 0:
         raise UsageError(f"--workers {workers}: give 0 or more.")
-    options = _check_options(spacing, normalisation, crop, dtype, select)
+    options = _check_options(spacing, normalisation, crop, codec, select)
     if out.resolve() == index.resolve():
         raise UsageError(f"--out {out} is the input; choose another folder for the store.")
     source = open_source(index, select, out.with_name(out.name + ".index"), workers=workers, quiet=quiet)
@@ -141,8 +158,7 @@ def preprocess(
         failures = _process(todo, plan_of(info), out, run, quiet)
     write_json(out / FAILED_FILE, {"volumes": failures})
     volumes = len(source.jobs) - len(failures)
-    if volumes:
-        writer.finish()
+    error = writer.finish().info["codec_error"] if volumes else {"largest": 0.0, "rms": 0.0}
     return PreprocessSummary(
         out=out,
         volumes=volumes,
@@ -150,6 +166,9 @@ def preprocess(
         failed=len(failures),
         codes=dict(sorted(Counter(row["code"] for row in failures).items())),
         spacing_mm=info["spacing"]["mm"],
+        codec=codec,
+        largest_error=error["largest"],
+        rms_error=error["rms"],
         seconds=time.monotonic() - started,
     )
 
@@ -183,19 +202,18 @@ def _process(jobs: Sequence[Job], plan: Plan, out: Path, run: Runner, quiet: boo
 
 
 def _check_options(
-    spacing: str | Sequence[float], normalisation: str, crop: bool, dtype: str, select: str | None
+    spacing: str | Sequence[float], normalisation: str, crop: bool, codec: str, select: str | None
 ) -> Options:
     check_scheme(normalisation)
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, DTYPES)
+    check_codec(codec)
     if isinstance(spacing, str):
         if spacing not in ("median", "native"):
             raise UsageError(f"--spacing '{spacing}': give median, native, or millimetres as Z,Y,X such as 1.5,1,1.")
-        return Options(spacing, None, normalisation, crop, dtype, select)
+        return Options(spacing, None, normalisation, crop, codec, select)
     edges = tuple(float(edge) for edge in spacing)
     if len(edges) != 3 or not all(math.isfinite(edge) and edge > 0 for edge in edges):
         raise UsageError(f"--spacing {edges}: give three positive numbers of mm as Z,Y,X, median or native.")
-    return Options("fixed", edges, normalisation, crop, dtype, select)
+    return Options("fixed", edges, normalisation, crop, codec, select)
 
 
 def _is_store(out: Path) -> bool:

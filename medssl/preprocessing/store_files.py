@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from medssl.errors import DataError, MedsslError
 from medssl.files import write_bytes
+from medssl.preprocessing.codec import LOSSLESS, encode
 
 STORE_FILE = "store.json"
 #: Settings of a store that is being written; what `--resume` compares.
@@ -25,11 +26,16 @@ UNFINISHED_FILE = "unfinished.json"
 #: Volumes that could not be used, with their reason codes.
 FAILED_FILE = "failed.json"
 LABEL_SUFFIX = "_seg"
-SCHEMA_VERSION = 1
+#: 1 had floats only; since 2 the facts of a volume name its codec.
+SCHEMA_VERSION = 2
 MAX_FOREGROUND = 512
 #: Chunk and block edges. Decoding is by block, reading from disk by chunk: crops of 32 to 160 voxels touch few of both.
 CHUNK, BLOCK = 64, 32
 CHUNK_2D, BLOCK_2D = 512, 64
+#: See `pipelines/benchmarks/results/store_reading.json` for the numbers behind these and the edges above.
+COMPRESSOR, LEVEL, FILTER = blosc2.Codec.LZ4HC, 1, blosc2.Filter.NOFILTER
+#: Columns of `store.json` that went into its hash and tell a reader nothing.
+_HASHES = ("voxels_sha256", "facts_sha256")
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}-.+")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -47,7 +53,8 @@ class StoreEntry:
         modality: DICOM's code, for example `CT` or `MR`.
         patient_key: Pseudonym of the patient.
         split: `train`, `validation` or `test`.
-        background: Value of what lies outside the body, after normalisation; padding takes it.
+        background: Value of what lies outside the body, after normalisation; padding takes it. It went through the
+            volume's codec, so that it equals what is read of voxels with that value.
         foreground: Voxels (z, y, x) drawn from the tissue with a fixed seed. Shape: (N, 3), N <= 512, int64.
         has_label: Whether there is a label.
         properties: Everything else that was written down, for example the original geometry.
@@ -76,20 +83,27 @@ class StoreEntry:
 
 
 def write_volume(
-    out: Path, volume_id: str, array: NDArray[Any], properties: Mapping[str, Any], label: NDArray[Any] | None = None
+    out: Path,
+    volume_id: str,
+    array: NDArray[Any],
+    properties: Mapping[str, Any],
+    label: NDArray[Any] | None = None,
+    codec: str = LOSSLESS,
 ) -> None:
     """Write one volume into a store's folder, its facts last; safe to call from several processes.
 
     Args:
         out: The store's folder.
         volume_id: Letters, digits, `.`, `_`, `+` and `-`.
-        array: Normalised intensities, kept as they are if float16, else as float32. Shape: (C, Z, Y, X).
+        array: Normalised intensities. Shape: (C, Z, Y, X).
         properties: `spacing_mm` (z, y, x), `modality`, `patient_key`, `split`, `background`, `foreground`
             (N <= 512 rows z, y, x) and whatever else shall be kept; JSON-able.
-        label: Classes, or None. Shape: (Z, Y, X).
+        label: Classes, or None; always kept as they are. Shape: (Z, Y, X).
+        codec: How the intensities are stored, a key of `codec.CODECS`.
 
     Raises:
         ValueError: If a shape, the id or a property does not fit.
+        InputRefused: If the codec cannot hold a value.
     """
     if not can_name_a_volume(volume_id):
         raise ValueError(
@@ -99,18 +113,19 @@ def write_volume(
         raise ValueError(f"{volume_id}: a volume needs a non-empty (C, Z, Y, X) array, got {array.shape}")
     if label is not None and label.shape != array.shape[1:]:
         raise ValueError(f"{volume_id}: label has shape {label.shape}, the image {array.shape[1:]}")
-    array = np.ascontiguousarray(array, dtype=np.float16 if array.dtype == np.float16 else np.float32)
-    digest = hashlib.sha256(array.data)
-    contents = {volume_id: _compress(array)}
+    stored, encoding = encode(array, codec)
+    digest = hashlib.sha256(stored.data)
+    contents = {volume_id: compress(stored)}
     if label is not None:
         label = np.ascontiguousarray(label[None], dtype=np.int16)
         digest.update(label.data)
-        contents[volume_id + LABEL_SUFFIX] = _compress(label)
+        contents[volume_id + LABEL_SUFFIX] = compress(label)
     facts = {
         **properties,
         "schema_version": SCHEMA_VERSION,
         "shape": list(array.shape),
-        "dtype": array.dtype.name,
+        "dtype": stored.dtype.name,
+        "codec": encoding.to_json(),
         "has_label": label is not None,
         "voxels_sha256": digest.hexdigest(),
         "files": {stem: [len(content), zlib.crc32(content)] for stem, content in contents.items()},
@@ -122,6 +137,7 @@ def write_volume(
     if len(entry.foreground) > MAX_FOREGROUND:
         raise ValueError(f"{volume_id}: {len(entry.foreground)} foreground voxels, at most {MAX_FOREGROUND} are kept")
     facts["foreground"] = entry.foreground.tolist()
+    facts["background"] = encoding.nearest(entry.background)
     # Flushing each file would take longer than preprocessing a small volume: `StoreWriter.finish` flushes all, and what
     # a power cut took before that is found by its checksum.
     for stem, content in contents.items():
@@ -167,14 +183,12 @@ def number_of(volume_id: str) -> int:
     return int.from_bytes(hashlib.blake2b(volume_id.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _compress(array: NDArray[Any]) -> bytes:
-    # LZ4 decodes 2.5 times as fast as Zstandard for 7 % more bytes on resampled MR; both are lossless.
+def compress(array: NDArray[Any]) -> bytes:
+    """Return an array as the content of a blosc2 file, cut so that a crop decodes little else."""
     flat = array.shape[1] == 1
     edges = [(CHUNK_2D if flat else CHUNK), (BLOCK_2D if flat else BLOCK)]
     chunks, blocks = ((1, *(min(edge, size) for size in array.shape[1:])) for edge in edges)
-    parameters = blosc2.CParams(
-        codec=blosc2.Codec.LZ4, clevel=5, nthreads=1, filters=[blosc2.Filter.SHUFFLE], typesize=array.itemsize
-    )
+    parameters = blosc2.CParams(codec=COMPRESSOR, clevel=LEVEL, filters=[FILTER], typesize=array.itemsize, nthreads=1)
     packed = blosc2.asarray(array, chunks=chunks, blocks=blocks, cparams=parameters)
     return bytes(packed.to_cframe())
 
@@ -196,6 +210,28 @@ def entry_of(volume_id: str, facts: Mapping[str, Any]) -> StoreEntry:
         has_label=bool(facts["has_label"]),
         properties={key: value for key, value in facts.items() if key not in known},
     )
+
+
+def shrink_rows(rows: list[dict[str, Any]]) -> None:
+    """Halve the memory of a table of volumes, in place: equal values become one object, hashes go.
+
+    A reader process of a store of 100,000 volumes would otherwise hold 100 MB of it.
+    """
+    shared: dict[Any, Any] = {}
+    for row in rows:
+        for column in _HASHES:
+            row.pop(column, None)
+        for column in ("modality", "split", "patient_key", "shape", "spacing_mm"):
+            if (value := row.get(column)) is not None:
+                row[column] = shared.setdefault(tuple(value) if isinstance(value, list) else value, value)
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """Return what a store says of all its volumes, in the words of the newest schema."""
+    info = read_json(path)
+    if info.get("schema_version", 1) == 1 and info.get("dtype") == "float32":
+        info.setdefault("codec", LOSSLESS)
+    return info
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from medssl.preprocessing.fingerprint import chosen_for_intensities, intensities
 from medssl.preprocessing.normalise import scheme_of
 from medssl.preprocessing.runners import Runner
 from medssl.preprocessing.source import Job, Source
-from medssl.preprocessing.store_files import STORE_FILE, UNFINISHED_FILE
+from medssl.preprocessing.store_files import STORE_FILE, UNFINISHED_FILE, read_info
 from medssl.progress import progress
 
 
@@ -30,7 +29,7 @@ class Options:
         spacing_mm: Voxel size (z, y, x) where it is fixed.
         normalisation: `by-modality` or a key of `normalise.SCHEMES`.
         crop: Whether to crop to the content.
-        dtype: `float32` or `float16`.
+        codec: A key of `codec.CODECS`.
         select: SQL condition, or None.
     """
 
@@ -38,7 +37,7 @@ class Options:
     spacing_mm: tuple[float, ...] | None
     normalisation: str
     crop: bool
-    dtype: str
+    codec: str
     select: str | None
 
 
@@ -53,7 +52,7 @@ def store_info(
     settings: dict[str, Any] = {
         "normalisation": options.normalisation,
         "crop": options.crop,
-        "dtype": options.dtype,
+        "codec": options.codec,
         "provenance": {
             "source": source.kind,
             "source_hash": source.hash,
@@ -82,7 +81,7 @@ def plan_of(info: Mapping[str, Any]) -> Plan:
         info["normalisation"],
         info["fingerprint"]["intensities"],
         info["crop"],
-        info["dtype"],
+        info["codec"],
     )
 
 
@@ -127,8 +126,8 @@ def _needs_intensities(job: Job, normalisation: str) -> bool:
 
 def _info_before(out: Path) -> dict[str, Any]:
     for name in (UNFINISHED_FILE, STORE_FILE):
-        with contextlib.suppress(OSError, ValueError):
-            content = json.loads((out / name).read_text())
-            if isinstance(content, dict) and {"spacing", "fingerprint"} <= content.keys():
+        with contextlib.suppress(DataError):
+            content = read_info(out / name)
+            if {"spacing", "fingerprint"} <= content.keys():
                 return content
     return {}

@@ -43,7 +43,8 @@ def process(task: Task) -> str:
         prepared = prepare(volume, task.plan, name=task.job.volume_id, modalities=task.job.modalities, label=label)
         facts = {**prepared.facts, "patient_key": task.job.patient_key, "split": task.job.split}
         try:
-            write_volume(Path(task.out), task.job.volume_id, prepared.array, facts, prepared.label)
+            out, name = Path(task.out), task.job.volume_id
+            write_volume(out, name, prepared.array, facts, prepared.label, task.plan.codec)
         except OSError as error:
             return (
                 f"{task.out} cannot be written: {error.strerror}. Check permissions and disk, then run with --resume."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from medssl.training.checkpoint import SCHEMA_VERSION, load_checkpoint
 from medssl.training.devices import find_machine, launch, on_main, own_random_state
 from medssl.training.environment import library_versions
 from medssl.training.loop import Job, train
-from medssl.training.method import Method
+from medssl.training.method import Method, Needs
 from medssl.training.nnssl_plan import adaptation_plan
 
 logger = logging.getLogger(__name__)
@@ -81,10 +81,7 @@ def pretrain(
         registry.method(method)
     source, out = Store.open(store), Path(out)
     before = stored_recipe(out) if resume else None
-    values = read_yaml(recipe) if recipe is not None else dict(before or {})
-    values = apply_overrides(values, overrides)
-    arguments = {"method": method, "steps": steps, "workers": workers}
-    values |= {name: value for name, value in arguments.items() if value is not None}
+    values = given_values(recipe, overrides, before, method=method, steps=steps, workers=workers)
     devices = values.get("devices", 1)
     machine = find_machine(device, devices if isinstance(devices, int) else 1)
     settings = settle(values, source, machine, str(recipe or "settings"))
@@ -96,6 +93,15 @@ def pretrain(
         own_random_state(settings.seed + fabric.global_rank, machine.cuda),
     ):
         return _run(settings, source, out, fabric, resume=resume, quiet=quiet)
+
+
+def given_values(
+    recipe: Path | None, overrides: Sequence[str], before: Mapping[str, Any] | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """Return what a user gave for a recipe: the file, or without one `before`, then overrides, then arguments."""
+    values = read_yaml(recipe) if recipe is not None else dict(before or {})
+    values = apply_overrides(values, overrides)
+    return values | {name: value for name, value in arguments.items() if value is not None}
 
 
 def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric, *, resume: bool, quiet: bool) -> Path:
@@ -111,17 +117,18 @@ def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric,
     kind = registry.method(settings.method).load()
     policy = policy_for(kind.needs.policy, store.modalities, settings.patch_size, settings.augmentation)
     with ExitStack() as stack:
-        loader = stack.enter_context(_loader(settings, store, fabric, policy, kind.needs, "train", _workers(settings)))
+        readers = reader_processes(settings)
+        loader = stack.enter_context(make_loader(settings, store, fabric, policy, kind.needs, "train", readers))
         validation = None
         if settings.validate_every:
-            validation = stack.enter_context(_loader(settings, store, fabric, policy, kind.needs, "validation", 0))
-        method = _build(kind, settings, policy, loader.channels)
+            validation = stack.enter_context(make_loader(settings, store, fabric, policy, kind.needs, "validation", 0))
+        method = build_method(kind, settings, policy, loader.channels)
         export = _Export(settings, store, method)
         job = Job(method, settings, loader, validation, out, export, f"Pretraining {settings.method}")
         return train(job, fabric, state=state, quiet=quiet)
 
 
-def _build(kind: type[Method], settings: PretrainingSettings, policy: Policy, in_channels: int) -> Method:
+def build_method(kind: type[Method], settings: PretrainingSettings, policy: Policy, in_channels: int) -> Method:
     """Return the method on a fresh network, the same for the same seed whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -132,9 +139,16 @@ def _build(kind: type[Method], settings: PretrainingSettings, policy: Policy, in
         return kind(network, policy, settings.of_method())
 
 
-def _loader(
-    settings: PretrainingSettings, store: Store, fabric: Fabric, policy: Policy, needs: Any, split: Split, workers: int
+def make_loader(
+    settings: PretrainingSettings,
+    store: Store,
+    fabric: Fabric,
+    policy: Policy,
+    needs: Needs,
+    split: Split,
+    workers: int,
 ) -> CropLoader:
+    """Return the loader that a recipe, the policy's read window and the method's needs ask for."""
     sampling = settings.sampling
     crops = CropSettings(
         patch_size=settings.patch_size,
@@ -159,7 +173,7 @@ def _loader(
     )
 
 
-def _workers(settings: PretrainingSettings) -> int:
+def reader_processes(settings: PretrainingSettings) -> int:
     """Return the reader processes: all but one processor, at most 8; one of two is better spent on training."""
     if settings.workers is not None:
         return settings.workers

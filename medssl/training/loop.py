@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,22 +18,19 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from medssl.data.batch import Batch, Views
-from medssl.data.draw import Draw
-from medssl.errors import MedsslError, unknown_name
+from medssl.errors import MedsslError
 from medssl.files import write_bytes
 from medssl.progress import progress
 from medssl.training.checkpoint import FOLDER, checkpoint_name, remove_old, save_checkpoint
 from medssl.training.distributed import mean_across_ranks
-from medssl.training.ema import AveragedWeights
+from medssl.training.engine import Engine
 from medssl.training.guards import CollapseGuard, check_finite
 from medssl.training.method import Method, Step
 from medssl.training.metrics import MetricsWriter
-from medssl.training.optimisers import build_optimiser
 from medssl.training.pictures import draw_grid, pictures_of_views
-from medssl.training.schedules import rate_factor
 from medssl.training.settings import TrainingSettings
 from medssl.training.signals import Signals
 from medssl.training.state import LoopState, Window
@@ -99,46 +96,21 @@ def train(job: Job, fabric: Fabric, *, state: dict[str, Any] | None = None, quie
     return _Loop(job, fabric, state, quiet).run()
 
 
-class _Work:
-    """Views and step on their way through Fabric and DDP.
-
-    Fabric casts every tensor that it finds in the arguments of a forward to bfloat16, the target of a reconstruction
-    too; in a class that it does not know it finds none.
-    """
-
-    __slots__ = ("step", "views")
-
-    def __init__(self, views: Views, step: Step) -> None:
-        self.views, self.step = views, step
-
-
-class _Terms(nn.Module):
-    """The forward that DDP needs: the method's losses."""
-
-    def __init__(self, method: Method) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, work: _Work) -> dict[str, Tensor]:
-        return self.method.losses(work.views, work.step)
-
-
 class _Loop:
     def __init__(self, job: Job, fabric: Fabric, state: dict[str, Any] | None, quiet: bool) -> None:
         self.job, self.settings, self.fabric, self.quiet = job, job.settings, fabric, quiet
-        self.method = job.method.to(fabric.device)
-        optimiser = build_optimiser(self.settings.optimiser, self.method)
-        self.peaks = [float(group["lr"]) for group in optimiser.param_groups]
-        ema = AveragedWeights(self.method.network, self.settings.ema) if self.settings.ema else None
-        self.state = LoopState(self.method, optimiser, ema, CollapseGuard(self.settings.guards))
+        self.engine = Engine(job.method, self.settings, fabric)
+        self.method = self.engine.method
+        guard = CollapseGuard(self.settings.guards)
+        self.state = LoopState(self.method, self.engine.optimiser, self.engine.ema, guard)
         if state is not None:
             self.state.restore(state, fabric.device)
-        self.module, self.optimiser = fabric.setup(_Terms(self.method), optimiser)
+        self.engine.start()
         # Signals are agreed on by the processors, so that agreeing does not wait for the devices.
         self.processors: Any = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
         self.metrics: MetricsWriter | None = None
+        self.views: Views = []
         self.spacing_mm = torch.ones(3)
-        self.rate = 0.0
         self.waited = 0.0
 
     def run(self) -> Path:
@@ -155,48 +127,32 @@ class _Loop:
             advance(state.step)
             batches = self.job.loader.batches(state.step * settings.accumulate)
             while state.step < settings.steps:
-                views = self._step(batches)
+                self._step(batches)
                 state.step += 1
                 due = [settings.log_every, settings.health_every, settings.validate_every]
-                note = self._log(views) if any(map(self._due, due)) else ""
+                note = self._log() if any(map(self._due, due)) else ""
                 if self._due(settings.pictures_every):
-                    self._draw(views)
+                    self._draw()
                 advance(1, note)
                 self._save_or_stop()
         return self.job.run / FOLDER / checkpoint_name(state.step)
 
-    def _step(self, batches: Iterator[Batch]) -> Views:
-        """Compute one step of the optimiser and return the views of its last batch."""
-        settings, state = self.settings, self.state
-        now = Step(state.step, settings.steps)
-        factor = rate_factor(settings.schedule, state.step, settings.steps)
-        for group, peak in zip(self.optimiser.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        self.rate = self.peaks[0] * factor
-        figures: dict[str, Tensor] = {}
-        for part in range(settings.accumulate):
+    def _step(self, batches: Iterator[Batch]) -> None:
+        """Compute one step of the optimiser."""
+        now = Step(self.state.step, self.settings.steps)
+        self.state.window.add(self.engine.step(now, self._parts(batches)))
+
+    def _parts(self, batches: Iterator[Batch]) -> Iterator[Views]:
+        """Yield the views of each batch of a step; the last ones stay for whoever looks at them later."""
+        for part in range(self.settings.accumulate):
             batch = self._next(batches)
-            views = self._views(batch)
             self.spacing_mm = batch.spacing_mm[0]
-            if state.step == 0 and part == 0:
-                self._draw_first(views)
-            with self.fabric.no_backward_sync(self.module, enabled=part < settings.accumulate - 1):
-                terms = self.module(_Work(views, now))
-                loss = self._weigh(terms) / settings.accumulate
-                self.fabric.backward(loss)
-            parts = {"loss": loss.detach()} | {
-                name: term.detach() / settings.accumulate for name, term in terms.items()
-            }
-            figures = {name: figures[name] + value if name in figures else value for name, value in parts.items()}
-        if settings.clip_gradient is not None:
-            figures["gradient_norm"] = self._clip(settings.clip_gradient)
-        state.window.add(figures)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        self.method.after_step(now)
-        if state.ema is not None:
-            state.ema.update(self.method.network)
-        return views
+            self.views = self.engine.views(batch)
+            # What was read around the patch is not needed any more; the step needs the memory.
+            del batch
+            if self.state.step == 0 and part == 0:
+                self._draw_first(self.views)
+            yield self.views
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         before = time.monotonic()
@@ -204,40 +160,24 @@ class _Loop:
         self.waited += time.monotonic() - before
         return batch
 
-    @torch.no_grad()
-    def _views(self, batch: Batch) -> Views:
-        return self.method.views(batch, Draw(self.settings.seed, batch.sample_index))
-
-    def _weigh(self, terms: Mapping[str, Tensor]) -> Tensor:
-        for name in self.settings.weights:
-            if name not in terms:
-                raise unknown_name("term of the loss", name, terms)
-        weighed = [self.settings.weights.get(name, 1.0) * term for name, term in terms.items()]
-        return torch.stack(weighed).sum()
-
-    def _clip(self, most: float) -> Tensor:
-        norm = self.fabric.clip_gradients(self.module, self.optimiser, max_norm=most, error_if_nonfinite=False)
-        assert norm is not None
-        return norm
-
     def _due(self, every: int) -> bool:
         return every > 0 and (self.state.step % every == 0 or self.state.step == self.settings.steps)
 
-    def _log(self, views: Views) -> str:
+    def _log(self) -> str:
         """Write one row of metrics; here the device is waited for."""
         settings, state = self.settings, self.state
         row = state.window.means()
         state.seconds = time.monotonic() - self.started
-        check_finite(row, state.step, self.rate)
+        check_finite(row, state.step, self.engine.rate)
         steps = state.window.count
         state.window.clear()
-        row |= {"lr": self.rate, "time": round(state.seconds, 3)}
+        row |= {"lr": self.engine.rate, "time": round(state.seconds, 3)}
         passed = time.monotonic() - self.logged_at
         row |= {"steps_per_second": steps / max(passed, 1e-9), "waiting_for_data": self.waited / max(passed, 1e-9)}
         if self.fabric.device.type == "cuda":
             row["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self._due(settings.health_every):
-            row |= {f"health/{name}": value for name, value in self._health(views).items()}
+            row |= {f"health/{name}": value for name, value in self._health().items()}
         if self.job.validation is not None and self._due(settings.validate_every):
             row |= self._validate(self.job.validation)
         if self.metrics is not None:
@@ -246,8 +186,8 @@ class _Loop:
         self.waited, self.logged_at = 0.0, time.monotonic()
         return f"loss {row['loss']:.4g}"
 
-    def _health(self, views: Views) -> dict[str, float]:
-        figures: dict[str, float] = self._watch(partial(self.method.health, views))
+    def _health(self) -> dict[str, float]:
+        figures: dict[str, float] = self.engine.watch(partial(self.method.health, self.views))
         # The mean over ranks, so that a guard stops all of them or none.
         values = mean_across_ranks(torch.tensor(list(figures.values()), device=self.fabric.device))
         return dict(zip(figures, values.tolist(), strict=True))
@@ -256,27 +196,18 @@ class _Loop:
         window = Window()
         batches = loader.batches(0)
         for _ in range(self.settings.validation_batches):
-            views = self._views(next(batches))
-            terms = self._watch(partial(self.method.losses, views, Step(self.state.step, self.settings.steps)))
-            window.add({"loss": self._weigh(terms), **terms})
+            views = self.engine.views(next(batches))
+            terms = self.engine.watch(partial(self.method.losses, views, Step(self.state.step, self.settings.steps)))
+            window.add({"loss": self.engine.weigh(terms), **terms})
         return {f"validation/{name}": value for name, value in window.means().items()}
-
-    def _watch(self, look: Callable[[], Any]) -> Any:
-        """Look at the method without leaving a trace in it."""
-        self.method.eval()
-        try:
-            with torch.no_grad(), self.fabric.autocast():
-                return look()
-        finally:
-            self.method.train()
 
     def _draw_first(self, views: Views) -> None:
         if self._is_main:
             path = self.job.run / "views.png"
             self._picture(pictures_of_views(views), path, "views", "What the network sees at step 0")
 
-    def _draw(self, views: Views) -> None:
-        images = self._watch(partial(self.method.pictures, views)) if self._is_main else {}
+    def _draw(self) -> None:
+        images = self.engine.watch(partial(self.method.pictures, self.views)) if self._is_main else {}
         if images:
             path = self.job.run / "pictures" / f"step_{self.state.step:06d}.png"
             self._picture(images, path, "pictures", f"After {self.state.step} steps")
@@ -318,13 +249,11 @@ class _Loop:
     def _save(self, finished: bool) -> None:
         state = self.state
         # Weights that are not finite must never replace good ones.
-        check_finite(state.window.means(), state.step, self.rate)
+        check_finite(state.window.means(), state.step, self.engine.rate)
         state.seconds = time.monotonic() - self.started
         captured = state.capture()
         if self._is_main:
-            network = self.method.network
-            weights = network.state_dict() if state.ema is None else state.ema.state_of(network)
-            content = self.job.content(weights, state.step, None if finished else captured)
+            content = self.job.content(self.engine.exported_weights(), state.step, None if finished else captured)
             save_checkpoint(self.job.run / FOLDER / checkpoint_name(state.step), content)
             remove_old(self.job.run / FOLDER, self.settings.keep)
         self.fabric.barrier()

@@ -29,6 +29,12 @@ class TrainingSettings(Settings):
         weights: Factor of each term of the loss, by name; 1 for those not named.
         precision: `auto` takes `bf16` on CUDA and `float32` elsewhere; on a processor with AVX-512 BF16, `bf16` halves
             the time of a step. Losses are in float32 always.
+        memory_format: Order of weights and images in memory: `contiguous`, or `channels_last`, which puts the channels
+            of a voxel side by side. `auto` takes `contiguous`, and `channels_last` where a network is compiled on CUDA:
+            not compiled, the instance norms of nnU-Net's networks turn their input round and back. Checkpoints are
+            contiguous always.
+        compile: Compile the forward of the network when it is first called, which takes minutes; by default in long
+            pretraining on CUDA. Where it fails, the run goes on without it and says so.
         devices: GPUs, or processes on a CPU, that train together.
         workers: Processes that read crops; None takes what the machine has to spare.
         guards: When a run is stopped.
@@ -51,6 +57,8 @@ class TrainingSettings(Settings):
     ema: float | None = Field(default=None, gt=0, lt=1)
     weights: dict[str, float] = {}
     precision: Literal["auto", "bf16", "float32"] = "auto"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    compile: bool = False
     devices: int = Field(default=1, ge=1)
     workers: int | None = Field(default=None, ge=0)
     guards: GuardSettings = GuardSettings()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medssl.errors import DataError, UsageError
+from medssl.errors import DataError, UsageError, unknown_name
 from medssl.files import prepare_output_folder, write_json
 from medssl.training.lock import run_lock
 from medssl.transfer import runfiles
@@ -21,7 +21,7 @@ from medssl.transfer.raw import RawDataset, read_dataset
 from medssl.transfer.running import resolve_device, run_trainer
 from medssl.transfer.schedule import choose_optimiser, default_rate
 from medssl.transfer.selection import Selection, select_cases
-from medssl.transfer.settings import TrainingSettings
+from medssl.transfer.settings import AUGMENTATIONS, Augmentation, TrainingSettings
 from medssl.transfer.source import Source, load_source
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,7 @@ def finetune_segmentation(
     device: str = "auto",
     workers: int | None = None,
     laterality: str = "forbid",
+    augmentation: Augmentation = "nnunet",
     cache: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -91,6 +92,8 @@ def finetune_segmentation(
         device: auto, cpu, cuda or cuda:N.
         workers: Processes that preprocess and make batches; 0 works in this process.
         laterality: Left-right mirroring: forbid, swap-labels or allow.
+        augmentation: `nnunet` is nnU-Net's own, made by the workers; `medssl` our policy `fine-tuning` for the data
+            set's modality, made on the device.
         cache: Folder for preprocessed data that several runs share; by default it lies in the RUN.
         resume: Continue the RUN from its last checkpoint.
         overwrite: Replace the RUN.
@@ -107,6 +110,8 @@ def finetune_segmentation(
     """
     dataset, out = Path(dataset), Path(out)
     check_policy(laterality)
+    if augmentation not in AUGMENTATIONS:
+        raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
     source = _template(checkpoint, plans_from, network)
     raw = read_dataset(dataset)
     if laterality == "swap-labels":
@@ -120,7 +125,8 @@ def finetune_segmentation(
     settings = TrainingSettings(
         steps=steps, val_every=min(val_every, steps), val_batches=val_batches, learning_rate=chosen_rate,
         optimiser=optimiser, schedule=schedule, warmup_fraction=warmup_fraction, frozen_fraction=frozen_fraction,
-        layer_decay=layer_decay, laterality=laterality, seed=seed, workers=runfiles.loader_workers(workers, target),
+        layer_decay=layer_decay, laterality=laterality, augmentation=augmentation, seed=seed,
+        workers=runfiles.loader_workers(workers, target),
         checkpoint=None if checkpoint is None or source is None else source.path, transfer_decoder=transfer_decoder,
         train_cases=selection.train, validation_cases=selection.validation,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from medssl.transfer.schedule import PRETRAINED_RATE, Schedule
 
 # Names a YAML file for the trainer when plain `nnUNetv2_train ... -tr medSSLTrainer` runs it.
 VARIABLE = "MEDSSL_FINETUNE"
+Augmentation = Literal["nnunet", "medssl"]
+AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
 
 
 class TrainingSettings(Settings):
@@ -32,6 +34,7 @@ class TrainingSettings(Settings):
         momentum: Of SGD.
         weight_decay: Of either.
         laterality: Left-right mirroring: forbid, swap-labels or allow.
+        augmentation: `nnunet` is nnU-Net's own, in the workers; `medssl` our policy `fine-tuning`, on the device.
         seed: Of everything random.
         workers: Processes that make batches; 0 makes them in the training process.
         checkpoint: Pretrained weights, or None.
@@ -52,6 +55,7 @@ class TrainingSettings(Settings):
     momentum: float = Field(default=0.99, ge=0, lt=1)
     weight_decay: float = Field(default=3e-5, ge=0)
     laterality: str = "forbid"
+    augmentation: Augmentation = "nnunet"
     seed: int = 0
     workers: int = Field(default=0, ge=0)
     checkpoint: Path | None = None

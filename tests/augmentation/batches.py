@@ -7,6 +7,8 @@ import torch
 from medssl.data.batch import Batch
 
 BACKGROUND = -2.0
+# Intercept and slope to HU.
+RESCALE = (40.0, 250.0)
 
 
 def make_batch(
@@ -40,6 +42,7 @@ def make_batch(
         modality=(modality,) * samples if isinstance(modality, str) else modality,
         patient_key=("p",) * samples,
         label=torch.stack(masks) if labels else None,
+        rescale=torch.tensor([RESCALE]).repeat(samples, 1),
     )
 
 
@@ -57,4 +60,5 @@ def row_of(batch: Batch, row: int) -> Batch:
         modality=batch.modality[one],
         patient_key=batch.patient_key[one],
         label=None if batch.label is None else batch.label[one],
+        rescale=None if batch.rescale is None else batch.rescale[one],
     )

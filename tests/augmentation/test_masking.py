@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from medssl.augmentation.masking import block_mask, hidden_blocks
+from medssl.augmentation.masking import block_mask, group_mask, hidden_blocks, random_mask
 from medssl.data.draw import Draw
 
 
@@ -67,3 +68,73 @@ def test_a_block_so_large_that_nothing_would_be_hidden_is_named():
 def test_masks_that_make_no_sense_are_named(block, ratio, message):
     with pytest.raises(ValueError, match=message):
         block_mask(Draw(0, [0]), (8, 8), block, ratio)
+
+
+@pytest.mark.parametrize("shape", [(9, 10, 11), (13, 12), (1, 20, 20), (1, 1, 2)])
+@pytest.mark.parametrize("ratio", [0.0, 0.2, 0.5, 0.75, 1.0])
+def test_random_masks_hide_the_exact_number_of_voxels(shape, ratio):
+    if shape == (1, 1, 2) and ratio in (0.2, 0.75):
+        pytest.skip("of two voxels only none, one or both can be hidden")
+    mask = random_mask(Draw(0, range(4)), shape, ratio)
+    assert mask.shape == (4, 1, *shape) and mask.dtype == torch.bool
+    assert mask.flatten(1).sum(dim=1).tolist() == [round(ratio * math.prod(shape))] * 4
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_random_masks_hide_every_voxel_as_often_and_apart_from_its_neighbours(ratio):
+    mask = random_mask(Draw(1, range(2000)), (6, 8), ratio).float()[:, 0]
+    assert (mask.mean(dim=0) - ratio).abs().max() < 0.05
+    together = np.corrcoef(mask.flatten(1).T.numpy())
+    assert np.abs(together - np.eye(48) - (np.eye(48) - 1) / 47).max() < 0.12
+
+
+def test_random_masks_of_patches_hide_whole_patches():
+    mask = random_mask(Draw(0, range(3)), (8, 12), 0.5, patch=4)
+    assert torch.equal(mask, block_mask(Draw(0, range(3)), (8, 12), 4, 0.5))
+
+
+@pytest.mark.parametrize("shape", [(20, 24, 22), (30, 28), (1, 30, 30)])
+def test_group_masks_hide_what_was_drawn_and_no_more_than_one_box_above(shape):
+    draw = Draw(5, range(30))
+    hidden = group_mask(draw, shape, (0.5, 0.75), (0.05, 0.3)).flatten(1).sum(dim=1)
+    asked = draw.child("fraction").uniform(0.5, 0.75).double() * math.prod(shape)
+    largest = math.prod(max(1, int(0.3 * edge)) for edge in shape)
+    assert (hidden >= asked).all() and (hidden - asked < largest).all()
+    assert len(hidden.unique()) > 15
+
+
+def test_group_masks_hide_boxes_and_not_single_voxels():
+    mask = group_mask(Draw(0, range(4)), (24, 24, 24), (0.5, 0.5), (0.2, 0.3))[:, 0]
+    alike = (mask[:, 1:] == mask[:, :-1]).float().mean()
+    assert alike > 0.8
+
+
+@pytest.mark.parametrize("part", [0.0, 0.999, 1.0])
+def test_group_masks_of_any_ratio_end(part):
+    mask = group_mask(Draw(0, range(3)), (16, 18, 20), (part, part), (0.1, 0.2))
+    assert (mask.flatten(1).float().mean(dim=1) >= part).all() and (part > 0 or not mask.any())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda draw: random_mask(draw, (12, 14, 10), 0.4), lambda draw: group_mask(draw, (12, 14, 10))]
+)
+def test_random_and_group_masks_differ_repeat_and_do_not_depend_on_their_batch(make):
+    together = make(Draw(4, [7, 8]))
+    assert not torch.equal(together[0], together[1])
+    assert torch.equal(make(Draw(4, [8]))[0], together[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda draw: random_mask(draw, (8, 8), 1.2), "in \\[0, 1\\]"),
+        (lambda draw: random_mask(draw, (8, 8), 0.001), "would hide 0"),
+        (lambda draw: random_mask(draw, (8, 8), 0.5, patch=(4, 4, 4)), "one per axis"),
+        (lambda draw: group_mask(draw, (8, 8), (0.7, 0.5)), "fraction is an ordered range"),
+        (lambda draw: group_mask(draw, (8, 8), side=(0.5, 1.5)), "side is an ordered range"),
+        (lambda draw: group_mask(draw, (99, 99, 99), side=(0.0, 0.02)), "random_mask"),
+    ],
+)
+def test_random_and_group_masks_that_make_no_sense_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(Draw(0, [0]))

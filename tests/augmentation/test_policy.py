@@ -27,7 +27,7 @@ def test_every_purpose_and_modality_gives_views(purpose, modality, patch):
     assert view.image.shape == (6, 1, *patch) and view.inside.shape == (6, 1, *patch)
     assert view.label.shape == (6, *patch) and view.to_source_mm.shape == (6, 3, 4)
     assert torch.isfinite(view.image).all()
-    assert (view.target is None) == (purpose != "reconstruction")
+    assert (view.target is None) == (purpose not in ("reconstruction", "restoration"))
 
 
 def test_reconstruction_moves_anatomy_and_leaves_intensities():

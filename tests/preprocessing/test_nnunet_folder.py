@@ -96,6 +96,40 @@ def test_crops_and_labels_are_read_and_what_is_outside_counts_as_background(tmp_
     assert len(voxels) == 512 and ((voxels[:, 0] >= 5) & (voxels[:, 0] < 8)).all()
 
 
+PROPERTIES = {"mean": 98.5, "std": 140.25, "percentile_00_5": -950.0, "percentile_99_5": 310.0, "median": 90.0}
+
+
+@pytest.mark.parametrize(
+    ("schemes", "properties", "rescale"),
+    [
+        (["CTNormalization"], {"0": PROPERTIES}, (98.5, 140.25)),
+        (["CTNormalization"] * 2, {"0": PROPERTIES, "1": PROPERTIES}, (98.5, 140.25)),
+        (["CTNormalization"] * 2, {"0": PROPERTIES, "1": {**PROPERTIES, "mean": 1.0}}, None),
+        (["CTNormalization", "ZScoreNormalization"], {"0": PROPERTIES, "1": PROPERTIES}, None),
+        (["ZScoreNormalization"], {"0": PROPERTIES}, None),
+        (["CTNormalization"], {"0": {}}, None),
+        (["CTNormalization"], {}, None),
+    ],
+)
+def test_stored_values_go_back_to_hounsfield_units_where_every_channel_is_ct(
+    tmp_path: Path, schemes: list[str], properties: dict, rescale: tuple[float, float] | None
+) -> None:
+    folder = make_folder(tmp_path, "CT")
+    plans = {
+        **PLANS,
+        "foreground_intensity_properties_per_channel": properties,
+        "configurations": {"3d_fullres": {**CONFIGURATION, "normalization_schemes": schemes}},
+    }
+    (folder.parent / "nnUNetPlans.json").write_text(json.dumps(plans))
+    entry = Store.open(folder).entry("case_0")
+    if rescale is None:
+        assert np.isnan(entry.rescale).all()
+        return
+    assert entry.rescale == rescale
+    first = entry.properties["normalisation"][0]
+    assert first == {"scheme": "fingerprint", "shift": 98.5, "scale": 140.25, "low": -950.0, "high": 310.0}
+
+
 def test_pickles_are_never_read(tmp_path: Path) -> None:
     store = Store.open(make_folder(tmp_path))
     store.entry("case_0")

@@ -217,7 +217,7 @@ def test_select_keeps_what_meets_the_condition(tmp_path: Path) -> None:
         ({"spacing": (1.0, 0.0, 1.0)}, "positive"),
         ({"spacing": (1.0, 1.0)}, "positive"),
         ({"normalisation": "zscor"}, "zscore"),
-        ({"dtype": "int8"}, "float32"),
+        ({"codec": "int4"}, "codec named .int4"),
         ({"workers": -1}, "workers"),
         ({"resume": True, "overwrite": True}, "exclude"),
     ],

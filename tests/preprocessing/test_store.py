@@ -73,9 +73,30 @@ def test_hash_depends_on_the_data_only(tmp_path: Path) -> None:
     assert one.hash == two.hash != make_store(tmp_path / "three", seed=1).hash
 
 
+def test_facts_of_many_volumes_do_not_pile_up_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medssl.preprocessing.store.MAX_ENTRIES", 2)
+    store = make_store(tmp_path / "s")
+    first = store.entry("volume_00")
+    for name in store.ids:
+        store.entry(name)
+    assert len(store._entries) == 2
+    again = store.entry("volume_00")
+    assert again is not first and again.properties == first.properties
+    np.testing.assert_array_equal(again.foreground, first.foreground)
+
+
+def test_the_table_of_volumes_needs_no_file_of_facts(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s")
+    (tmp_path / "s" / "volume_02.json").unlink()
+    row = store.row("volume_02")
+    assert (row["modality"], row["patient_key"], row["split"]) == ("MR", "patient_01", "train")
+    with pytest.raises(UsageError, match="no volume 'volume_99'"):
+        store.row("volume_99")
+
+
 def test_half_precision_is_kept_and_read_as_float32(tmp_path: Path) -> None:
     writer = StoreWriter(tmp_path / "s", {})
-    writer.add("a", np.full((1, 4, 4, 4), 0.5, np.float16), FACTS)
+    writer.add("a", np.full((1, 4, 4, 4), 0.5), FACTS, codec="float16")
     store = writer.finish()
     assert store.entry("a").properties["dtype"] == "float16"
     assert store.read("a", (0, 0, 0), (4, 4, 4)).dtype == np.float32

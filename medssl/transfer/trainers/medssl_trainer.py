@@ -7,6 +7,7 @@ with settings from the YAML file that `MEDSSL_FINETUNE` names.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from medssl.progress import progress
 from medssl.training.checkpoint import load_checkpoint, save_checkpoint
 from medssl.training.metrics import MetricsWriter
 from medssl.training.signals import Signals
+from medssl.transfer.augmenting import DeviceAugmentation, device_augmentation
 from medssl.transfer.batches import KeptCases, StepBatches, make_repeatable
 from medssl.transfer.laterality import inference_axes, set_mirroring, training_axes
 from medssl.transfer.overlay import KeyReport, overlay
@@ -91,6 +93,7 @@ class medSSLTrainer(nnUNetTrainer):
         self.elapsed = self.cpu_seconds = 0.0
         self.key_report: KeyReport | None = None
         self.on_first_batch: Callable[[dict[str, Any]], None] | None = None
+        self.augmentation: DeviceAugmentation | None = None
         self.apply_settings(settings_from_environment())
 
     def apply_settings(self, settings: TrainingSettings) -> None:
@@ -169,11 +172,16 @@ class medSSLTrainer(nnUNetTrainer):
         shared = {"foreground_labels": self.label_manager.foreground_labels, "regions": regions}
         shared["ignore_label"] = self.label_manager.ignore_label
         patch = self.configuration_manager.patch_size
-        training = self.get_training_transforms(
-            patch, rotation, scales, axes, dummy_2d, self.configuration_manager.use_mask_for_norm, **shared
-        )
-        set_mirroring(training, self.settings.laterality, self._dimensions, self.dataset_json["labels"])
-        make_repeatable(training)
+        training: Any = None
+        if self.settings.augmentation == "medssl":
+            self.augmentation = self._device_augmentation(scales)
+            initial_patch = self.augmentation.read_size
+        else:
+            training = self.get_training_transforms(
+                patch, rotation, scales, axes, dummy_2d, self.configuration_manager.use_mask_for_norm, **shared
+            )
+            set_mirroring(training, self.settings.laterality, self._dimensions, self.dataset_json["labels"])
+            make_repeatable(training)
         train_cases, validation_cases = self.do_split()
         train = self._batches("train", train_cases, initial_patch, training)
         if not validation_cases:
@@ -181,6 +189,24 @@ class medSSLTrainer(nnUNetTrainer):
         return train, self._batches(
             "validation", validation_cases, patch, self.get_validation_transforms(scales, **shared)
         )
+
+    def _device_augmentation(self, scales: Any) -> DeviceAugmentation:
+        augmentation = device_augmentation(
+            self.plans_manager,
+            self.configuration_manager,
+            self.label_manager,
+            self.dataset_json,
+            scales,
+            laterality=self.settings.laterality,
+            seed=self.settings.seed,
+            stream=str(self.local_rank),
+        )
+        # The network has not seen other axes flipped.
+        allowed = inference_axes(self.settings.laterality, self._dimensions)
+        axes = tuple(axis for axis in allowed if axis in augmentation.mirrored_axes)
+        # nnU-Net takes None for no axis.
+        self.inference_allowed_mirroring_axes = axes or None
+        return augmentation
 
     def _batches(self, stream: str, cases: list[str], patch: Any, transforms: Any) -> StepBatches:
         loader = nnUNetDataLoader(
@@ -239,10 +265,12 @@ class medSSLTrainer(nnUNetTrainer):
         batches = self.dataloader_train.stream_from(
             self.step, self.settings.steps, workers=self.settings.workers, pin_memory=self.device.type == "cuda"
         )
+        if self.augmentation is not None:
+            batches = map(self.augmentation, batches, itertools.count(self.step), itertools.repeat(self.device))
         if self.on_first_batch is not None:
             first = next(batches, None)
             if first is not None:
-                self.on_first_batch(first)
+                self.on_first_batch(_on_cpu(first))
                 yield first
         yield from batches
 
@@ -350,3 +378,10 @@ class medSSLTrainer(nnUNetTrainer):
         self.cpu_seconds = float(content["medssl"]["cpu_s"])
         self.current_epoch = int(content["current_epoch"])
         self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
+
+
+def _on_cpu(batch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: [tensor.cpu() for tensor in value] if isinstance(value, list) else value.cpu()
+        for name, value in batch.items()
+    }
