@@ -17,6 +17,7 @@ VERBS = (
     ["convert"],
     ["preprocess"],
     ["pretrain"],
+    ["bench"],
     ["finetune", "segmentation"],
     ["predict"],
     ["evaluate", "segmentation"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from medssl.augmentation import (
+    acquisition,
     ct,
     ct_artefacts,
     curves,
@@ -39,6 +40,7 @@ CATALOGUE: dict[str, type[Transform[Any]]] = {
         ultrasound.Shadow,
         ultrasound.DepthAttenuation,
         ultrasound.GainCompression,
+        acquisition.Anisotropy,
         # From here to gamma in the order of nnU-Net's default training, sharpening beside blur.
         intensity.Noise,
         intensity.Blur,

@@ -15,17 +15,15 @@ from torch import Tensor
 
 from medssl.data.batch import View
 
-# Parts of each correction that are applied when an elastic view is inverted. Where it stretches more than twofold, whole
-# corrections would jump back and forth, and short ones are slow where it shrinks: with both by turns every stretch from
-# 0 to 3.5 converges.
+# Parts of each correction that are applied when an elastic view is inverted. Where it stretches more than twofold,
+# whole corrections would jump back and forth, and short ones are slow where it shrinks: with both by turns every stretch
+# from 0 to 3.5 converges.
 STEP_LENGTHS = (1.0, 0.4) * 8
 
 
 def source_positions_mm(view: View) -> Tensor:
     """Return where in the volume each voxel of a view came from. Shape: (B, 3, Z, Y, X) or (B, 3, Y, X), float32."""
-    size = view.image.shape[2:]
-    affine = view.to_source_mm @ _homogeneous(_all_voxels(view).mT)
-    affine = affine.reshape(len(affine), 3, *size)
+    affine = _affine(view, _all_voxels(view)).mT.reshape(-1, 3, *view.image.shape[2:])
     return affine if view.displacement_mm is None else affine + view.displacement_mm
 
 
@@ -39,7 +37,7 @@ def to_source_mm(view: View, voxels: Tensor) -> Tensor:
     Returns:
         Shape: (B, N, 3), float32.
     """
-    affine = (view.to_source_mm @ _homogeneous(voxels.float().mT)).mT
+    affine = _affine(view, voxels.float())
     return affine if view.displacement_mm is None else affine + _displacement_at(view, voxels.float())
 
 
@@ -57,12 +55,12 @@ def to_view_voxels(view: View, positions_mm: Tensor) -> tuple[Tensor, Tensor]:
         Voxels of the view, shape (B, N, 3), float32; and whether each lies within the view's voxels, shape (B, N),
         bool. A position that the view does not show has no meaningful voxel.
     """
-    inverse = _inverse(view.to_source_mm[:, :, :3]).mT
-    straight = (positions_mm.float() - view.to_source_mm[:, None, :, 3]) @ inverse
+    inverse = _inverse(view.to_source_mm[:, :, :3])
+    straight = _times(inverse, positions_mm.float() - view.to_source_mm[:, None, :, 3])
     voxels = straight
     if view.displacement_mm is not None:
         for length in STEP_LENGTHS:
-            error = straight - _displacement_at(view, voxels) @ inverse - voxels
+            error = straight - _times(inverse, _displacement_at(view, voxels)) - voxels
             voxels = voxels + length * error
     return voxels, _within(voxels, view.image.shape[2:])
 
@@ -84,7 +82,7 @@ def match(view_a: View, view_b: View, points_in_a: Tensor) -> tuple[Tensor, Tens
 def overlap_mask(view_a: View, view_b: View) -> Tensor:
     """Return which voxels of view a show tissue that view b shows too. Shape: as `view_a.inside`, bool."""
     found, within = match(view_a, view_b, _all_voxels(view_a))
-    nearest = values_at(view_b.inside.to(view_b.image.dtype), found, view_b.image.shape[2:], mode="nearest")
+    nearest = values_at(view_b.inside.float(), found, view_b.image.shape[2:], mode="nearest")
     seen = within & (nearest[:, 0] > 0.5)
     return view_a.inside & seen.reshape(view_a.inside.shape)
 
@@ -98,8 +96,8 @@ def overlap_fraction(view_a: View, view_b: View) -> Tensor:
 def box_overlap(origin_mm: Tensor, size_mm: Tensor, base_origin_mm: Tensor, base_size_mm: Tensor) -> Tensor:
     """Return which part of the volume of axis-aligned crops lies in each of other crops.
 
-    The label of VoCo (Wu et al., CVPR 2024), with the volume of the intersection in place of the area in the plane. Over
-    bases that do not intersect each other, a crop's labels sum to one at most.
+    The label of VoCo (Wu et al., CVPR 2024), with the volume of the intersection in place of the area in the plane.
+    Over bases that do not intersect each other, a crop's labels sum to one at most.
 
     Args:
         origin_mm: Lowest corner of each crop. Shape: (B, N, 3).
@@ -127,16 +125,16 @@ def values_at(
             Shape: (B, C, ...).
         voxels: Points of the view, in voxels of the view. Shape: (B, N, 3).
         size: Spatial size of the view.
-        mode: `bilinear` (linear along each axis) or `nearest`. Beyond the centre of the last value, it continues.
+        mode: `bilinear` (linear along each axis) or `nearest`. Beyond the centre of the outermost value it continues.
 
     Returns:
-        Shape: (B, C, N).
+        Shape: (B, C, N), float32 or wider.
     """
     count = len(size)
-    edges = torch.tensor(size, dtype=torch.float32)
-    # Half a voxel lies between the corner of the view, -1, and the centre of its first voxel.
-    scale = [2.0 / edge for edge in edges.tolist()]
-    axes = [(voxels[..., 3 - count + axis] + 0.5) * scale[axis] - 1 for axis in range(count)]
+    values = values if values.dtype == torch.float64 else values.float()
+    # From -1 at the outer face of the first voxel to 1 at that of the last: the same for every resolution.
+    along = voxels[..., 3 - count :].unbind(dim=-1)
+    axes = [(2 * axis + 1) / edge - 1 for axis, edge in zip(along, size, strict=True)]
     grid = torch.stack(axes[::-1], dim=-1).to(values.dtype)
     grid = grid.reshape(len(grid), *([1] * (count - 1)), -1, count)
     found = F.grid_sample(values, grid, mode=mode, padding_mode="border", align_corners=False)
@@ -172,9 +170,23 @@ def _all_voxels(view: View) -> Tensor:
     return grid.expand(len(view.image), -1, -1)
 
 
-def _homogeneous(columns: Tensor) -> Tensor:
-    """Append a row of ones. Shape: (B, 3, N) to (B, 4, N)."""
-    return torch.cat([columns, torch.ones_like(columns[:, :1])], dim=1)
+def _affine(view: View, voxels: Tensor) -> Tensor:
+    return _times(view.to_source_mm[:, :, :3], voxels) + view.to_source_mm[:, None, :, 3]
+
+
+def _times(matrix: Tensor, points: Tensor) -> Tensor:
+    """Multiply points with their sample's matrix; spelled out, since a GPU's matrix units would round to 10 bits.
+
+    Args:
+        matrix: Shape: (B, 3, 3).
+        points: Shape: (B, N, 3).
+
+    Returns:
+        Shape: (B, N, 3).
+    """
+    columns = zip(points.unbind(dim=2), matrix.unbind(dim=2), strict=True)
+    z, y, x = (along[:, :, None] * column[:, None] for along, column in columns)
+    return z + y + x
 
 
 def _displacement_at(view: View, voxels: Tensor) -> Tensor:

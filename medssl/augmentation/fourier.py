@@ -73,6 +73,8 @@ class FourierMix(Transform[FourierMixSettings]):
     neutral: ClassVar[tuple[str, float]] = ("weight", 0.0)
     family: ClassVar[str] = "style"
     mixes_samples: ClassVar[bool] = True
+    # Amplitudes of another patient would shift calibrated units.
+    never: ClassVar[frozenset[str]] = frozenset({"CT", "PT", "NM"})
 
     def values(self, facts: Facts, rng: Draw) -> Parameters:
         """Draw `ratio` and `weight` (B, C), the same for all channels of a sample."""

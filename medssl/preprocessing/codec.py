@@ -75,9 +75,9 @@ class Encoding:
         if not self.step:
             return stored.astype(np.float32, copy=False)
         chosen = range(stored.shape[0]) if channels is None else channels
-        out = np.empty(stored.shape, np.float32)
-        for numbers, values, channel in zip(stored, out, chosen, strict=True):
-            np.multiply(numbers, np.float32(self.step[channel]), out=values)
+        out = stored.astype(np.float32)
+        for values, channel in zip(out, chosen, strict=True):
+            values *= np.float32(self.step[channel])
             values += np.float32(self.offset[channel])
         return out
 

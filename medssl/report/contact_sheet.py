@@ -31,6 +31,8 @@ LARGEST = {2: 224, 3: 96}
 MATES = 2
 INCHES = 1.5
 DOTS_PER_INCH = 90
+# Inches for the names on the left.
+MARGIN = 1.3
 MOVES = ("rotation", "scale", "elastic", "rot90", "mirror")
 
 
@@ -175,10 +177,10 @@ def _picture(rows: Sequence[_Row], spacing_mm: Sequence[float], title: str) -> b
     lines = [(row, cut) for row in rows for cut in _cuts(row.images, spacing_mm)]
     shares = [float(np.clip(slices[0].shape[0] * aspect / slices[0].shape[1], 0.3, 2)) for _, (slices, aspect) in lines]
     columns = len(rows[0].images)
-    width, height = INCHES * columns + 1.1, INCHES * sum(shares) + 0.16 * len(lines) + 0.5
+    width, height = INCHES * columns + MARGIN + 0.05, INCHES * sum(shares) + 0.16 * len(lines) + 0.5
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
     figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
-    margins = {"left": 1.0 / width, "right": 1 - 0.05 / width, "bottom": 0.05 / height, "top": 1 - 0.45 / height}
+    margins = {"left": MARGIN / width, "right": 1 - 0.05 / width, "bottom": 0.05 / height, "top": 1 - 0.45 / height}
     spaces = {"wspace": 0.03, "hspace": 0.16 * len(lines) / (INCHES * sum(shares)), "height_ratios": shares}
     axes = np.asarray(figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={**margins, **spaces}))
     low, high = _window(rows[0].images[0])

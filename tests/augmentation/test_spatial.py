@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from medssl.augmentation.geometry import rotation_matrices
-from medssl.augmentation.spatial import Elastic, Mirror, Rotation, Scale, Spatial, SpatialSettings
+from medssl.augmentation.geometry import PLANES, quarter_turn_matrices, rotation_matrices
+from medssl.augmentation.spatial import Elastic, Mirror, Rot90, Rotation, Scale, Spatial, SpatialSettings
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 from tests.augmentation.batches import BACKGROUND, make_batch, row_of
@@ -123,16 +123,39 @@ def mapped(placed, patch):
     return source if placed.displacement_mm is None else source + placed.displacement_mm
 
 
-def test_linear_resampling_equals_scipy():
-    batch = make_batch(samples=4)
-    placed, _ = place(batch, RIGID, (16, 20, 18), seed=5)
-    source = (mapped(placed, (16, 20, 18)) - batch.origin_mm[0].reshape(1, 3, 1, 1, 1)).numpy()
-    for row in range(4):
-        slow = map_coordinates(batch.image[row, 0].numpy(), source[row], order=1, mode="nearest")
+ZOOM = SpatialSettings(scale=Scale(probability=1), mirror=Mirror(probability=0.5, axes=("z", "y", "x")), shift=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "spacing"),
+    [(RIGID, (1.0, 1.0, 1.0)), (RIGID, (5.0, 1.0, 1.2)), (ZOOM, (1.0, 1.0, 1.0)), (ZOOM, (2.0, 1.0, 1.0))],
+    ids=["turned", "turned within slices", "zoomed", "zoomed, anisotropic"],
+)
+def test_linear_resampling_equals_scipy(settings, spacing):
+    batch = make_batch(samples=6, channels=2, spacing=spacing)
+    placed, _ = place(batch, settings, (16, 20, 18), seed=5)
+    step = batch.spacing_mm[0].reshape(1, 3, 1, 1, 1)
+    source = ((mapped(placed, (16, 20, 18)) - batch.origin_mm[0].reshape(1, 3, 1, 1, 1)) / step).numpy()
+    for row in range(6):
         seen = placed.inside[row, 0].numpy()
-        assert np.abs(placed.image[row, 0].numpy() - slow)[seen].max() < 1e-4
+        for channel in range(2):
+            slow = map_coordinates(batch.image[row, channel].numpy(), source[row], order=1, mode="nearest")
+            assert np.abs(placed.image[row, channel].numpy() - slow)[seen].max() < 1e-4
         nearest = map_coordinates(batch.label[row].numpy(), source[row], order=0, mode="nearest")
         assert (placed.label[row].numpy() == nearest)[seen].mean() > 0.999
+
+
+@pytest.mark.parametrize("settings", [RIGID, ZOOM, EVERYTHING], ids=["rigid", "zoom", "everything"])
+def test_inside_is_where_the_nearest_voxel_lies_in_the_volume(settings):
+    valid = [[3, 20], [6, 28], [0, 15]]
+    batch = make_batch(samples=12, valid=valid)
+    placed, _ = place(batch, settings, (16, 20, 18), seed=2)
+    source = mapped(placed, (16, 20, 18)) - batch.origin_mm[0].reshape(1, 3, 1, 1, 1)
+    limits = torch.tensor(valid).reshape(1, 3, 2, 1, 1, 1) - 0.5
+    beyond = torch.minimum(source - limits[:, :, 0], limits[:, :, 1] - source).amin(dim=1, keepdim=True)
+    clear = beyond.abs() > 1e-3
+    assert torch.equal(placed.inside[clear], (beyond > 0)[clear])
+    assert 0.2 < placed.inside.float().mean() < 0.9
 
 
 @pytest.mark.parametrize("label_mode", ["nearest", "linear"])
@@ -198,6 +221,90 @@ def test_a_mirrored_view_is_the_flipped_crop_and_its_map_says_so():
     assert torch.equal(mirrored.image, plain.image.flip(2, 4)) and torch.equal(mirrored.label, plain.label.flip(1, 3))
     first = mirrored.to_source_mm[0] @ torch.tensor([0.0, 0, 0, 1])
     assert torch.allclose(first, batch.origin_mm[0] + torch.tensor([15.0, 0, 17]))
+
+
+def turning(**others) -> SpatialSettings:
+    return SpatialSettings(rot90=Rot90(probability=1), **others)
+
+
+@pytest.mark.parametrize(("patch", "read"), [((16, 16, 16), (20, 22, 24)), ((16, 16), (22, 24))])
+def test_a_quarter_turned_view_is_the_turned_crop_bit_for_bit(patch, read):
+    valid = [*([[0, 1]] if len(patch) == 2 else [[2, 17]]), [0, 15], [5, 24]]
+    batch = make_batch(read, samples=12, valid=valid)
+    settings = turning(mirror=Mirror(probability=0.5, axes=("z", "y", "x")), shift=0.1)
+    placed, drawn = place(batch, settings, patch)
+    plain, _ = place(batch, settings, patch, parameters={"quarter_turns": torch.zeros(12, 3, dtype=torch.int64)})
+    turns = drawn["quarter_turns"]
+    assert ((turns != 0).sum(dim=1) == 1).all() and (turns.amax(dim=1) <= 3).all()
+    assert len(turns.unique(dim=0)) >= 3
+    for row in range(12):
+        axis = int(turns[row].argmax())
+        count, plane = int(turns[row, axis]), [a + len(patch) - 3 for a in PLANES[axis]]
+        after = [a + 1 for a in plane]
+        assert torch.equal(placed.image[row], plain.image[row].rot90(count, after))
+        assert torch.equal(placed.label[row], plain.label[row].rot90(count, plane))
+        assert torch.equal(placed.inside[row], plain.inside[row].rot90(count, after))
+    assert not plain.inside.all()
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (2.5, 0.7, 0.7)])
+@pytest.mark.parametrize("moved", [False, True], ids=["alone", "with everything"])
+def test_the_map_to_mm_knows_of_quarter_turns(spacing, moved):
+    batch = make_batch((26, 26, 26), samples=8, channels=3, spacing=spacing)
+    axes = [torch.arange(26) * step for step in spacing]
+    batch.image = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand_as(batch.image).clone()
+    others = {name: getattr(EVERYTHING, name) for name in ("rotation", "scale", "elastic", "mirror", "shift")}
+    placed, drawn = place(batch, turning(**others if moved else {}), (18, 18, 18))
+    assert (drawn["quarter_turns"] != 0).any(dim=1).all()
+    position = mapped(placed, (18, 18, 18)) - batch.origin_mm[0].reshape(1, 3, 1, 1, 1)
+    error = (placed.image - position).abs() / batch.spacing_mm[0].reshape(1, 3, 1, 1, 1)
+    last = torch.stack([axis[-1] for axis in axes]).reshape(1, 3, 1, 1, 1)
+    interpolated = ((position >= 0) & (position <= last)).all(dim=1, keepdim=True).expand_as(error)
+    assert interpolated.float().mean() > 0.7 and error[interpolated].max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("patch", "spacing", "axes"),
+    [
+        ((16, 16, 16), (1.0, 1.0, 1.0), {0, 1, 2}),
+        ((16, 16, 16), (1.0, 0.995, 1.0), {0, 1, 2}),
+        ((16, 16, 16), (3.0, 1.0, 1.0), {0}),
+        ((16, 16, 16), (1.0, 0.97, 1.0), {1}),
+        ((12, 16, 16), (1.0, 1.0, 1.0), {0}),
+        ((12, 14, 16), (1.0, 1.0, 1.0), set()),
+        ((16, 16), (1.0, 1.0, 1.0), {0}),
+        ((16, 14), (1.0, 1.0, 1.0), set()),
+        ((1, 1), (1.0, 1.0, 1.0), set()),
+    ],
+)
+def test_quarter_turns_stay_in_planes_of_equal_edges_and_voxel_sizes(patch, spacing, axes):
+    batch = make_batch(patch, samples=40, spacing=spacing, labels=False)
+    _, drawn = place(batch, turning(), patch)
+    assert set(drawn["quarter_turns"].nonzero()[:, 1].tolist()) == axes
+
+
+def test_quarter_turns_have_the_asked_probability_axes_and_counts():
+    batch = make_batch((4, 4, 4), samples=1000, labels=False)
+    settings = SpatialSettings(rot90=Rot90(probability=0.3, axes=("z", "x")))
+    _, drawn = place(batch, settings, (4, 4, 4))
+    turns = drawn["quarter_turns"]
+    assert (turns != 0).any(dim=1).float().mean().item() == pytest.approx(0.3, abs=0.04)
+    assert set(turns.nonzero()[:, 1].tolist()) == {0, 2}
+    assert turns[turns != 0].bincount().tolist() == pytest.approx([0, 100, 100, 100], abs=25)
+
+
+def test_quarter_turn_matrices_are_exact_and_right_handed():
+    counts = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [2, 0, 0], [3, 1, 2]])
+    matrices = quarter_turn_matrices(counts)
+    assert torch.equal(matrices.abs().sum(dim=2), torch.ones(5, 3).double())
+    assert torch.equal(torch.linalg.det(matrices), torch.ones(5).double())
+
+
+def test_quarter_turns_do_not_change_what_else_is_drawn():
+    batch = make_batch((16, 16, 16), samples=4)
+    _, without = place(batch, RIGID, (16, 16, 16))
+    _, drawn = place(batch, RIGID.model_copy(update={"rot90": Rot90(probability=1)}), (16, 16, 16))
+    assert all(torch.equal(drawn[name], without[name]) for name in without)
 
 
 def test_outside_the_volume_is_background_not_inside_and_without_label():

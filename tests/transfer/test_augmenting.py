@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from batchgeneratorsv2.transforms.utils.remove_label import RemoveLabelTansform
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from medssl.augmentation.policy import AugmentationSettings, policy_for
@@ -258,6 +261,23 @@ def test_one_sample_goes_through_nnunets_own_pipeline() -> None:
     assert firsts == {1, 2}
     np.random.seed(0)
     assert torch.equal(_in_nnunet(policy)["image"], results[0]["image"])
+
+
+def test_nnunets_other_transforms_follow_it() -> None:
+    policy = policy_for("fine-tuning", ["MR"], (8, 16, 16))
+    pipeline = ComposeTransforms(
+        [
+            MedsslTransform(policy, "MR", spacing_mm=(1, 1, 1)),
+            RemoveLabelTansform(-1, 0),
+            DownsampleSegForDSTransform(SCALES),
+        ]
+    )
+    label = torch.full((1, *policy.read_size), -1, dtype=torch.int16)
+    result = pipeline(image=torch.zeros(label.shape), segmentation=label)
+    assert result["image"].shape == (1, 8, 16, 16) and result["image"].dtype == torch.float32
+    assert [tuple(one.shape) for one in result["segmentation"]] == [(1, 8, 16, 16), (1, 8, 8, 8), (1, 4, 4, 4)]
+    assert all((one == 0).all() and one.dtype == torch.int16 for one in result["segmentation"])
+    assert (label == -1).all()
 
 
 def test_one_sample_swaps_labels_by_nnunets_values() -> None:

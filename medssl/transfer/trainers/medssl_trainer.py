@@ -73,6 +73,7 @@ class _Silent:
 class medSSLTrainer(nnUNetTrainer):
     """nnU-Net's trainer by steps: schedules for pretrained weights, a laterality policy, repeatable batches."""
 
+    inference_allowed_mirroring_axes: tuple[int, ...] | None
     driven = False  # True where medssl runs it: nnU-Net's own log file and folders are then not used.
 
     def __init__(
