@@ -16,8 +16,8 @@ from torch import Tensor
 from medssl.data.batch import View
 
 # Parts of each correction that are applied when an elastic view is inverted. Where it stretches more than twofold,
-# whole corrections would jump back and forth, and short ones are slow where it shrinks: with both by turns every stretch
-# from 0 to 3.5 converges.
+# whole corrections would jump back and forth, and short ones are slow where it shrinks: with both by turns every
+# stretch from 0 to 3.5 converges.
 STEP_LENGTHS = (1.0, 0.4) * 8
 
 

@@ -57,8 +57,10 @@ def compile_network(network: nn.Module) -> None:
 
 def give_up_compiling(network: nn.Module, error: BaseException) -> None:
     """Go back to the plain forward, and say why."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    logger.warning("The network cannot be compiled here and runs as it is (%s). --set compile=false says so.", first)
+    # torch wraps what the compiler said.
+    cause = getattr(error, "inner_exception", error)
+    said = f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"
+    logger.warning("The network cannot be compiled here (%s) and goes on as it is; set compile=false.", said)
     for part in compiled_parts(network):
         part._compiled_call_impl = None
 

@@ -438,7 +438,7 @@ assert bench(Path(sys.argv[1]), overrides=settings, device="cpu", workers=0, sec
 """
 MISSING = (
     "monai", "torchio", "nibabel", "SimpleITK", "polars", "nnunetv2", "batchgeneratorsv2", "batchgenerators",
-    "pydicom", "highdicom", "gdcm", "sklearn", "matplotlib", "psutil", "tensorboard",
+    "pydicom", "highdicom", "gdcm", "matplotlib", "psutil", "tensorboard",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 META = torch.device("meta")
+_GENERATOR = torch.Generator
 # Their result has a size that only the device knows.
 _SIZES = {"nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "bincount"}
 # They bring a value to the host.
@@ -49,7 +50,7 @@ class NoWaiting(TorchFunctionMode):
             self._check_index(args[1], writes=name == "__setitem__")
         if name == "repeat_interleave" and on_device and any(isinstance(a, Tensor) for a in args[1:]):
             raise HostWaits("repeat_interleave by numbers that only the device knows")
-        if isinstance(kwargs.get("generator"), torch.Generator):
+        if isinstance(kwargs.get("generator"), _GENERATOR):
             # A generator of the device, which stood in as one of the CPU.
             del kwargs["generator"]
         result = func(*args, **kwargs)
@@ -92,7 +93,6 @@ def no_waiting(monkeypatch: Any) -> Iterator[NoWaiting]:
         for mover in ("to_device", "_moved"):
             if name.startswith("medssl.") and callable(getattr(module, mover, None)):
                 monkeypatch.setattr(module, mover, allowed(getattr(module, mover)))
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())
+    monkeypatch.setattr(torch, "Generator", lambda device=None: _GENERATOR())
     with mode:
         yield mode
