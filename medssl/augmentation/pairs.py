@@ -80,9 +80,9 @@ def overlapping_shifts(
     farthest = 2 * int(reach.max())
     step = torch.arange(1, farthest + 1)
     time = (step - 0.5) / (shares * edges)[:, :, None]
-    allowed = step <= 2 * reach[:, :, None]
-    order = torch.where(allowed, time, math.inf).flatten(1).argsort(dim=1, stable=True)
-    moves = torch.nn.functional.one_hot(order // max(farthest, 1), 3) * allowed.flatten(1).gather(1, order)[:, :, None]
+    # What is out of reach comes last: there the overlap is smaller than any that is wanted.
+    order = torch.where(step <= 2 * reach[:, :, None], time, math.inf).flatten(1).argsort(dim=1, stable=True)
+    moves = torch.nn.functional.one_hot(order // max(farthest, 1), 3)
     path = torch.cat([torch.zeros(len(draw), 1, 3, dtype=torch.int64), moves.cumsum(dim=1)], dim=1)
     shared = (1 - path / edges).clamp(min=0).prod(dim=2)
     fits = (shared >= low - 1e-12) & (shared <= high + 1e-12)

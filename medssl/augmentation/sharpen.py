@@ -9,7 +9,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
-from medssl.augmentation.intensity import PerChannel, Range, blur_along
+from medssl.augmentation.intensity import PerChannel, Range, blur_along, limit_
 from medssl.augmentation.transform import Facts, Parameters, Transform, broadcast, ranges_are_ordered
 from medssl.data.draw import Draw
 
@@ -70,4 +70,4 @@ class Sharpen(Transform[SharpenSettings]):
         free = broadcast(torch.where(keeps, 0.0, math.inf), channels.flatten(1)[:, 0]).reshape_as(strength)
         low = flat.amin(dim=1).reshape_as(strength) - free
         high = flat.amax(dim=1).reshape_as(strength) + free
-        return result.clamp_(low, high)
+        return limit_(result, low, high)

@@ -155,17 +155,18 @@ class Transform(Generic[SettingsT]):
     def around_one(self, facts: Facts, rng: Draw, name: str, shape: tuple[int, ...] = ()) -> Tensor:
         """Draw factors below one as often as above, uniformly on either side, as nnU-Net does. Shape: (B, *shape)."""
         low, high = self._range(facts, name, shape)
+        above_one = low.clamp(min=1)
         below = (rng.uniform(0, 1, shape) < 0.5) & (low < 1)
-        u = rng.uniform(0, 1, shape)
-        above = low.clamp(min=1) + (high - low.clamp(min=1)) * u
-        return torch.where(below, low + (high.clamp(max=1) - low) * u, above)
+        start = torch.where(below, low, above_one)
+        stop = torch.where(below, high.clamp(max=1), high)
+        return torch.lerp(start, stop, rng.uniform(0, 1, shape))
 
     def _range(self, facts: Facts, name: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         ends = self._numbers(facts, name, missing=(1.0, 1.0)).reshape(2, -1, *([1] * len(shape)))
         return ends[0], ends[1]
 
     def _numbers(self, facts: Facts, name: str, missing: float | tuple[float, float] = 0.0) -> Tensor:
-        """Return a setting of each sample; kept, since batches of one make-up follow each other. Shape: (B,) or (2, B)."""
+        """Return a setting of each sample; kept, as batches of one make-up follow each other. Shape: (B,) or (2, B)."""
         key = (name, facts.modality)
         if key not in self._columns:
             if len(self._columns) > MOST_COLUMNS:

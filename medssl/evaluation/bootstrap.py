@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -69,3 +70,46 @@ def resampled_means(values: np.ndarray[Any, Any], seed: int, resamples: int) -> 
         count = min(step, resamples - start)
         means[start : start + count] = values[rng.integers(0, values.size, (count, values.size))].mean(axis=1)
     return means
+
+
+def resampled_counts(
+    cases: int,
+    *,
+    strata: Sequence[object] | None = None,
+    groups: Sequence[object] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Iterator[NDArray[np.float64]]:
+    """Yield how often each case is in each resample, in portions that together are `resamples` rows.
+
+    Args:
+        cases: How many there are.
+        strata: Draw within each stratum, so that every resample has as many cases of each as there are. One per case.
+        groups: Draw whole groups with replacement, for cases that depend on each other, such as several images of a
+            patient. One per case; the strata are then not used, since a group may lie in several.
+        seed: Of the resampling.
+        resamples: Number of resamples.
+
+    Yields:
+        Counts. Shape: (rows, cases), float64.
+    """
+    rng = np.random.default_rng(seed)
+    grouped = groups is not None and len(set(groups)) < cases
+    of_unit = _numbered(groups) if grouped and groups is not None else np.arange(cases)
+    units = int(of_unit.max()) + 1 if cases else 0
+    of_stratum = np.zeros(units, np.int64) if grouped or strata is None else _numbered(strata)
+    members = [np.flatnonzero(of_stratum == stratum) for stratum in np.unique(of_stratum)]
+    step = max(1, 500_000 // max(cases, 1))
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        counts = np.zeros((rows, units))
+        for member in members:
+            drawn = member[rng.integers(0, member.size, (rows, member.size))]
+            flat = (drawn + units * np.arange(rows)[:, None]).ravel()
+            counts += np.bincount(flat, minlength=rows * units).reshape(rows, units)
+        yield counts[:, of_unit]
+
+
+def _numbered(values: Sequence[object]) -> NDArray[np.int64]:
+    numbers: dict[object, int] = {}
+    return np.array([numbers.setdefault(value, len(numbers)) for value in values], dtype=np.int64)

@@ -45,8 +45,8 @@ __all__ = ["Store", "StoreEntry", "StoreWriter", "number_of", "write_volume"]
 #: Files that one reading process keeps open.
 MAX_OPEN = 64
 #: Volumes whose facts one reading process keeps, 19 KB each: those of 100,000 volumes would fill 2 GB. Reading them
-#: again costs a tenth of a millisecond.
-MAX_ENTRIES = 2048
+#: again takes a fifth of a millisecond.
+MAX_ENTRIES = 512
 
 
 class Store:

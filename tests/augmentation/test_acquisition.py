@@ -72,8 +72,8 @@ def test_a_constant_keeps_its_value_a_ramp_its_slope_and_a_volume_its_mean():
 
 @pytest.mark.parametrize("nearest", [True, False])
 def test_a_mirrored_image_gives_the_mirrored_result(nearest):
-    image = images((13, 6))
-    for factor in (2.0, 2.5, 3.0, 4.4):
+    for edge, factor in ((13, 2.5), (13, 3.0), (13, 4.4), (12, 2.0)):
+        image = images((edge, 6))
         mirrored = thick_slices(image.flip(0), 0, factor, nearest=nearest)
         assert torch.allclose(mirrored, thick_slices(image, 0, factor, nearest=nearest).flip(0), atol=1e-5)
 
@@ -114,6 +114,8 @@ def test_a_thickness_in_mm_is_relative_to_the_voxels_along_the_axis():
     assert 2 <= drawn["factor"].min() < 2.2 and 3.8 < drawn["factor"].max() <= 4
     _, drawn = changed(image, spacing=(1.5, 0.5, 0.5), axes=("y",), thickness_mm=(3.0, 6.0))
     assert drawn["factor"].min() >= 6 and drawn["factor"].max() <= 12
+    _, drawn = changed(image[:, :, 0], spacing=(9.0, 0.5, 2.0), axes=("x",), thickness_mm=(3.0, 4.0))
+    assert drawn["factor"].min() >= 1.5 and drawn["factor"].max() <= 2
 
 
 def test_voxels_as_thick_as_the_slices_keep_every_bit():

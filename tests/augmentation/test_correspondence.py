@@ -177,10 +177,12 @@ def test_the_overlap_of_shifted_crops_is_the_box_they_share():
     assert torch.allclose(carried[mask], views[0].image[mask], atol=1e-5)
 
 
-def test_padding_is_no_overlap():
-    batch = make_batch((8, 8, 8), samples=1, valid=[[0, 8], [0, 5], [0, 8]])
-    view = view_of(batch, STILL, (8, 8, 8))
-    assert torch.equal(overlap_mask(view, view), view.inside) and view.inside.float().mean() == 5 / 8
+def test_what_is_padding_in_either_view_is_no_overlap():
+    whole = view_of(make_batch((8, 8, 8), samples=1), STILL, (8, 8, 8))
+    padded = view_of(make_batch((8, 8, 8), samples=1, valid=[[0, 8], [0, 5], [0, 8]]), STILL, (8, 8, 8))
+    assert padded.inside.float().mean() == 5 / 8
+    assert torch.equal(overlap_mask(whole, padded), padded.inside)
+    assert torch.equal(overlap_mask(padded, whole), padded.inside)
 
 
 def test_points_of_a_sample_do_not_depend_on_batch_mates():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 META = torch.device("meta")
-_GENERATOR = torch.Generator
+_GENERATOR, _AUTOCAST = torch.Generator, torch.autocast
 # Their result has a size that only the device knows.
 _SIZES = {"nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "bincount"}
 # They bring a value to the host.
@@ -94,5 +94,7 @@ def no_waiting(monkeypatch: Any) -> Iterator[NoWaiting]:
             if name.startswith("medssl.") and callable(getattr(module, mover, None)):
                 monkeypatch.setattr(module, mover, allowed(getattr(module, mover)))
     monkeypatch.setattr(torch, "Generator", lambda device=None: _GENERATOR())
+    # There is no autocast of a device without numbers.
+    monkeypatch.setattr(torch, "autocast", lambda kind, **named: _AUTOCAST("cpu" if kind == "meta" else kind, **named))
     with mode:
         yield mode
