@@ -29,6 +29,8 @@ VERBS = (
     ["list", "networks"],
     ["list", "policies"],
     ["list", "codes"],
+    ["list", "datasets"],
+    ["dataset", "prepare"],
     ["doctor"],
     ["demo"],
 )

@@ -144,8 +144,8 @@ def positions_inside(
         result = torch.empty((len(matrix), *patch), dtype=torch.bool)
         for rows, part in blocks(len(matrix), patch):
             within = torch.ones(result[rows, part].shape, dtype=torch.bool)
-            for axis in range(3):
-                position = positions(matrix[rows, axis].float(), patch, part) + offset[rows, axis, part]
+            for axis, position in enumerate(positions(matrix[rows].float(), patch, part)):
+                position.add_(offset[rows, axis, part])
                 within &= position >= low[rows, axis]
                 within &= position <= high[rows, axis]
             result[rows, part] = within

@@ -87,7 +87,10 @@ def _pairs(image: Tensor) -> list[tuple[str, Tensor, dict[str, Callable[[], Tens
         (
             "low resolution, zoom 0.6",
             _ours("low_resolution", image, zoom=(0.6, 0.6), per_channel=1.0),
-            {"batchgeneratorsv2": bgv2(SimulateLowResolutionTransform((0.6, 0.6), False, True, ())), "monai": dense(low)},
+            {
+                "batchgeneratorsv2": bgv2(SimulateLowResolutionTransform((0.6, 0.6), False, True, ())),
+                "monai": dense(low),
+            },
         ),
         ("rotation and scaling", _turned(image), {"torch grid_sample": lambda: _grid_sample(image), **_others(image)}),
     ]

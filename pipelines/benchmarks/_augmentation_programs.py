@@ -1,4 +1,4 @@
-"""What `augmentation.py` times: each of our transforms beside its peers, on crops (C, Z, Y, X) of one image and label."""
+"""What `augmentation.py` times: each of our transforms beside its peers, on crops of an image and its label."""
 
 from __future__ import annotations
 
@@ -75,7 +75,11 @@ def our_transform(name: str, image: Tensor, modality: str, settings: Mapping[str
 
 def our_spatial(image: Tensor, label: Tensor | None, spatial: Mapping[str, Any]) -> Program:
     """Return a program that applies the spatial transform alone."""
-    nothing: dict[str, Any] = {"rotation": {"probability": 0}, "scale": {"probability": 0}, "mirror": {"probability": 0}}
+    nothing: dict[str, Any] = {
+        "rotation": {"probability": 0},
+        "scale": {"probability": 0},
+        "mirror": {"probability": 0},
+    }
     settings = AugmentationSettings(laterality="allow", overrides={"spatial": {**nothing, **spatial}})
     return our_view(policy_for("none", {"MR"}, image.shape[2:], settings), image, label)
 

@@ -26,6 +26,7 @@ LIBRARIES = (
     "dicom2nifti",
     "blosc2",
     "polars",
+    "zarr",
 )
 
 

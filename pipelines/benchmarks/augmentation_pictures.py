@@ -175,7 +175,9 @@ def _write(family: str, image: Tensor, rows: list[tuple[str, list[Tensor]]], spa
             content = shown if flat else shown[:, shown.shape[1] // 2] if coronal else shown[middle]
             axis = axes[line, number]
             up = "upper" if flat else "lower"
-            axis.imshow(content.numpy(), cmap="gray", vmin=low, vmax=high, origin=up, aspect=z / x if coronal else y / x)
+            axis.imshow(
+                content.numpy(), cmap="gray", vmin=low, vmax=high, origin=up, aspect=z / x if coronal else y / x
+            )
             axis.set_axis_off()
         axes[0, number].set_title(title, fontsize=8)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.9)

@@ -63,16 +63,17 @@ def main() -> None:
     edges, batches, workers, volumes = (
         ((16, 24), (1, 2), (0, 1), (10, 40)) if options.quick else (EDGES, BATCHES, WORKERS, VOLUMES)
     )
-    edge, steps = (16, 5) if options.quick else (EDGE, STEPS)
+    # Edge of the crop, batches, and how often: the first run meets files that are not in memory.
+    shape = (16, 5, 1) if options.quick else (EDGE, STEPS, 2)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         large = noisy_store(folder / "large", 2, max(edges) + 32)
         small = noisy_store(folder / "small", ORIGINALS, SMALL)
         tables = {
             "crop": [per_voxel(large, size, 1) for size in edges],
-            "batch": [per_voxel(large, edge, size) for size in batches],
-            "workers": [{"workers": count, **in_fresh_process(large.folder, count, edge, steps)} for count in workers],
-            "volumes": list(by_volumes(small, folder, volumes, edge, steps)),
+            "batch": [per_voxel(large, shape[0], size) for size in batches],
+            "workers": [{"workers": count, **in_fresh_process(large.folder, count, *shape)} for count in workers],
+            "volumes": list(by_volumes(small, folder, volumes, shape)),
         }
     for title, rows in tables.items():
         print(f"\n{title}")
@@ -119,15 +120,15 @@ def per_voxel(store: Store, edge: int, batch: int) -> dict[str, Any]:
 
 
 def by_volumes(
-    originals: Store, folder: Path, counts: Iterable[int], edge: int, steps: int
+    originals: Store, folder: Path, counts: Iterable[int], shape: tuple[int, int, int]
 ) -> Iterable[dict[str, Any]]:
-    """Yield what a store of each number of volumes costs, read here and by one reader process."""
+    """Yield what a store of each number of volumes costs, read in the process itself and by one reader process."""
     for count in counts:
         print(f"a store of {count} volumes ...", flush=True)
         place = folder / f"of_{count}"
         many_volumes(place, originals, count)
-        here = in_fresh_process(place, 0, edge, steps)
-        apart = in_fresh_process(place, 1, edge, steps)
+        here = in_fresh_process(place, 0, *shape)
+        apart = in_fresh_process(place, 1, *shape)
         yield {
             "volumes": count,
             **{key: here[key] for key in ("open s", "first batch s", "ms/batch", "table MB", "grown by MB")},
@@ -135,13 +136,13 @@ def by_volumes(
         }
 
 
-def in_fresh_process(store: Path, workers: int, edge: int, steps: int) -> dict[str, Any]:
-    """Return what `_growth_stores.measure` finds in a process of its own; the second of two runs counts."""
+def in_fresh_process(store: Path, workers: int, edge: int, steps: int, runs: int = 2) -> dict[str, Any]:
+    """Return what `_growth_stores.measure` finds in a process of its own; the last of several runs counts."""
     command = [sys.executable, str(Path(__file__).with_name("_growth_stores.py")), str(store)]
     command += [str(value) for value in (workers, edge, BATCH, steps)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     found: dict[str, Any] = {}
-    for _ in range(2):
+    for _ in range(runs):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
@@ -170,7 +171,7 @@ def draw(tables: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for column in columns:
             axis.plot([row[name] for row in rows], [row[column] for row in rows], "o-", markersize=3, label=column)
         axis.set(xlabel=label, ylabel=unit)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * axis.get_ylim()[1])
         if name == "volumes":
             axis.set_xscale("log")
         axis.legend(fontsize=7, frameon=False)
