@@ -27,9 +27,11 @@ finetune_app = typer.Typer(
     help="Train a model on labelled cases, from a checkpoint or from scratch.", no_args_is_help=True
 )
 evaluate_app = typer.Typer(help="Measure predictions against references.", no_args_is_help=True)
+dataset_app = typer.Typer(help="Check and prepare public data sets.", no_args_is_help=True)
 list_app = typer.Typer(help="List what can be named.", no_args_is_help=True)
 app.add_typer(finetune_app, name="finetune")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(dataset_app, name="dataset")
 app.add_typer(list_app, name="list")
 
 
@@ -129,6 +131,40 @@ def convert(
         out,
         as_json,
     )
+
+
+@dataset_app.command("prepare")
+def dataset_prepare(
+    name: o.DatasetName,
+    source: o.Downloaded,
+    out: o.Out,
+    files: o.Files = "copy",
+    partial: o.Partial = False,
+    workers: o.Workers = None,
+    key_file: o.KeyFile = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Check a public data set that you downloaded, list all that is wrong with it, and write it for training.
+
+    Example: `medssl dataset prepare msd_task04_hippocampus --source Task04_Hippocampus --out hippocampus`
+    """
+    from medssl.archive.prepare import prepare_dataset as run
+
+    result = run(
+        name,
+        source,
+        out,
+        files=files,
+        partial=partial,
+        workers=workers,
+        key_file=key_file,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    show(result, as_json)
+    raise typer.Exit(result.exit_code)
 
 
 @app.command()
@@ -306,6 +342,99 @@ def finetune_segmentation(
     say(f"Model: {out}\nLook at it: medssl report {out}")
 
 
+@finetune_app.command("classification")
+def finetune_classification(
+    dataset: o.LabelledImages,
+    checkpoint: o.StartFrom,
+    out: o.Out,
+    labels: o.LabelsOf = None,
+    kind: o.LearntKind = "auto",
+    classes: o.Classes = None,
+    folds: o.Folds = None,
+    fold: o.Fold = 0,
+    labelled: o.Labelled = None,
+    ignore_unlabelled: o.IgnoreUnlabelled = False,
+    mode: o.Mode = "full",
+    trained_stages: o.TrainedStages = 2,
+    steps: o.Steps = 1000,
+    val_every: o.ValEvery = 100,
+    batch_size: o.BatchSize = None,
+    learning_rate: o.LearningRate = None,
+    schedule: o.Schedule = "warmup",
+    layer_decay: o.LayerDecay = 1.0,
+    balance: o.Balance = "none",
+    select: o.SelectCheckpoint = "last",
+    network: o.Network = None,
+    plans_from: o.PlansFrom = None,
+    patch_size: o.PatchSize = None,
+    fit: o.Fit = "whole",
+    spacing: o.Spacing = "median",
+    normalisation: o.Normalisation = "by-modality",
+    modality: o.Modality = None,
+    grey: o.Grey = False,
+    laterality: o.Mirrored = "forbid",
+    overrides: o.Overrides = None,
+    cache: o.Cache = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    workers: o.Workers = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Fine-tune for classification of whole images, 2D or 3D; splits are by patient.
+
+    Example: `medssl finetune classification --dataset labels.csv --checkpoint run --out model --steps 1000`
+    """
+    from medssl.evaluation.classification import evaluate_classification as measure
+    from medssl.transfer.classification import finetune_classification as run
+    from medssl.transfer.classification_files import target_kind
+
+    run(
+        dataset,
+        None if checkpoint == "none" else Path(checkpoint),
+        out,
+        labels=labels,
+        kind=kind,
+        classes=_names(classes),
+        folds=folds,
+        fold=fold,
+        labelled=labelled,
+        ignore_unlabelled=ignore_unlabelled,
+        mode=mode,
+        trained_stages=trained_stages,
+        steps=steps,
+        val_every=val_every,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        layer_decay=layer_decay,
+        balance=balance,
+        select=select,
+        network=network,
+        plans_from=plans_from,
+        patch_size=_numbers(patch_size, int, "--patch-size"),
+        fit=fit,
+        spacing=_spacing(spacing),
+        normalisation=normalisation,
+        modality=modality,
+        grey=grey,
+        laterality=laterality,
+        overrides=overrides or [],
+        cache=cache,
+        seed=seed,
+        device=device,
+        workers=workers,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    show(measure(out, None, out / "validation", kind=target_kind(out)), as_json)
+    if not as_json:
+        say(f"Model: {out}\nLook at it: medssl report {out}")
+
+
 @app.command()
 def predict(
     model: o.Model,
@@ -319,7 +448,7 @@ def predict(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Segment volumes; each mask lies on the grid of its source.
+    """Segment volumes, each mask on the grid of its source; or classify images, as a CSV of probabilities.
 
     Example: `medssl predict --model model --input /pacs/series --out masks`
     """
@@ -359,6 +488,27 @@ def evaluate_segmentation(
     show(result, as_json)
 
 
+@evaluate_app.command("classification")
+def evaluate_classification(
+    predictions: o.Probabilities,
+    references: o.TrueLabels = None,
+    out: o.OptionalOut = None,
+    kind: o.TargetKind = "auto",
+    split: o.OnlySplit = None,
+    common_cases: o.CommonCases = False,
+    seed: o.Seed = 0,
+    as_json: o.AsJson = False,
+) -> None:
+    """AUROC, AUPR, decisions, kappa and calibration of a table of probabilities, with bootstrap intervals.
+
+    Example: `medssl evaluate classification --predictions probabilities.csv --references labels.csv --out scores`
+    """
+    from medssl.evaluation.classification import evaluate_classification as run
+
+    result = run(predictions, references, out, kind=kind, split=split, common_cases=common_cases, seed=seed)
+    show(result, as_json)
+
+
 @app.command()
 def compare(
     runs: o.Runs,
@@ -372,6 +522,39 @@ def compare(
     from medssl.evaluation.compare import compare as run
 
     show(run(runs, common_cases=common_cases), as_json)
+
+
+@app.command()
+def protocol(
+    out: o.Out,
+    recipe: o.ProtocolRecipe = None,
+    overrides: o.Overrides = None,
+    device: o.Device = "auto",
+    workers: o.Workers = None,
+    resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Compare pretrainings under equal terms: arms x numbers of labels x seeds, with a scratch twin; can be resumed.
+
+    Example: `medssl protocol --recipe pipelines/protocol_hippocampus.yaml --out protocols/hippocampus`
+    """
+    from medssl.protocol.run import protocol as run
+
+    result = run(
+        recipe,
+        out,
+        overrides=overrides or [],
+        device=device,
+        workers=workers,
+        resume=resume,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    show(result, as_json)
+    if not as_json:
+        say(f"Tables and curves: {out / 'report.html'}")
 
 
 @app.command()
@@ -464,6 +647,14 @@ def list_policies(as_json: o.AsJson = False) -> None:
     from medssl.augmentation.policy import list_policies as policies
 
     table("Policies", policies(), as_json)
+
+
+@list_app.command("datasets")
+def list_datasets(as_json: o.AsJson = False) -> None:
+    """Public data sets that `medssl dataset prepare` knows."""
+    from medssl.archive.datasets import manifests
+
+    table("Data sets", manifests().values(), as_json)
 
 
 @list_app.command("codes")

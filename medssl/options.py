@@ -45,6 +45,13 @@ KeyFile: TypeAlias = Annotated[
     Path | None,
     _option("Secret of the pseudonyms; by default your own, ~/.config/medssl/pseudonym.key.", envvar="MEDSSL_KEY_FILE"),
 ]
+DatasetName: TypeAlias = Annotated[str, _argument("Name of a public data set; see `medssl list datasets`.")]
+Downloaded: TypeAlias = Annotated[Path, _option("What you downloaded and unpacked: a folder, or one file.", "--source")]
+Files: TypeAlias = Annotated[
+    Literal["copy", "hardlink"],
+    typer.Option(help="hardlink costs no space, but what writes into --out in place then changes the source too."),
+]
+Partial: TypeAlias = Annotated[bool, _option("Write what is whole although something is wrong.", "--partial")]
 Select: TypeAlias = Annotated[str | None, _option("SQL condition: \"modality = 'MR' AND body_part = 'BRAIN'\".")]
 Spacing: TypeAlias = Annotated[str, typer.Option(help="median, native, or millimetres as Z,Y,X: 1.5,1,1.")]
 Normalisation: TypeAlias = Annotated[str, typer.Option(help="by-modality, or the name of one scheme for all.")]
@@ -58,6 +65,9 @@ Store: TypeAlias = Annotated[Path, _option("A store, or an nnU-Net preprocessed 
 Method: TypeAlias = Annotated[str | None, _option("See `medssl list methods`; default: the recipe's, else mae.")]
 Recipe: TypeAlias = Annotated[Path | None, _option("YAML file of settings.")]
 Overrides: TypeAlias = Annotated[list[str] | None, _option("One setting, a.b=c; may be repeated.", "--set")]
+ProtocolRecipe: TypeAlias = Annotated[
+    Path | None, _option("YAML file: data sets, arms, labels, seeds, rates. With --resume by default that of --out.", "--recipe")
+]
 Seconds: TypeAlias = Annotated[float, typer.Option(help="About how long to measure.")]
 RecipeSteps: TypeAlias = Annotated[int | None, _option("Steps of the optimiser.", min=1)]
 
@@ -95,18 +105,64 @@ Laterality: TypeAlias = Annotated[
     typer.Option(help="Left-right mirroring: forbid it, swap the labels of paired organs, or allow it."),
 ]
 
+LabelledImages: TypeAlias = Annotated[
+    Path,
+    _option(
+        "CSV (path, label, patient, split), folder with a folder for each class, MedMNIST .npz, INDEX or STORE.",
+        "--dataset",
+    ),
+]
+LabelsOf: TypeAlias = Annotated[
+    Path | None, _option("CSV (volume_id, label, split) for an INDEX or a STORE.", "--labels")
+]
+LearntKind: TypeAlias = Annotated[
+    Literal["auto", "multiclass", "multilabel", "ordinal"],
+    typer.Option(
+        "--kind", help="What a label is: one class, any of several, one of an order; auto sees the first two."
+    ),
+]
+Classes: TypeAlias = Annotated[str | None, _option("Names of the classes in order, with commas.")]
+Folds: TypeAlias = Annotated[int | None, _option("Deal the patients out anew into so many folds.", min=2)]
+Fold: TypeAlias = Annotated[int, typer.Option(min=0, help="Which fold validates.")]
+IgnoreUnlabelled: TypeAlias = Annotated[
+    bool, _option("Leave out images without a label instead of refusing the data set.", "--ignore-unlabelled")
+]
+Mode: TypeAlias = Annotated[
+    Literal["linear", "partial", "full"],
+    typer.Option(help="What is trained: the head, also the coarsest stages, or everything."),
+]
+TrainedStages: TypeAlias = Annotated[int, typer.Option(min=1, help="Stages that --mode partial trains.")]
+Balance: TypeAlias = Annotated[
+    Literal["none", "weights", "sampling"],
+    typer.Option(help="Classes of unequal size: weights by the effective number, or every class shown equally often."),
+]
+SelectCheckpoint: TypeAlias = Annotated[
+    Literal["last", "best"], typer.Option("--select", help="The last checkpoint, or that of the least validation loss.")
+]
+Fit: TypeAlias = Annotated[
+    Literal["whole", "stretch", "crop"],
+    typer.Option(help="Whole image, shrunk where larger than the patch; stretched to it; or its middle cut out."),
+]
+Modality: TypeAlias = Annotated[
+    str | None, _option("Modality of all images (MR, CT, US, XR, ...); default: what the files say.")
+]
+Grey: TypeAlias = Annotated[bool, _option("Average the channels of each image.", "--grey")]
+Mirrored: TypeAlias = Annotated[
+    Literal["forbid", "allow"], typer.Option("--laterality", help="Left-right mirroring of training images.")
+]
+
 Augmentation: TypeAlias = Annotated[
-    Literal["nnunet", "medssl"],
-    typer.Option(help="nnU-Net's own, made by the workers, or our policy fine-tuning, made on the device."),
+    Literal["nnunet", "medssl", "medssl-strong"],
+    typer.Option(help="nnU-Net's own, made by the workers, or our policy fine-tuning or strong, made on the device."),
 ]
 
 Previewed: TypeAlias = Annotated[Path, _argument("A store, a volume, or a folder with one DICOM series.")]
 Purpose: TypeAlias = Annotated[str, typer.Option(help="Purpose of a policy; see `medssl list policies`.")]
 Draws: TypeAlias = Annotated[int, typer.Option(min=1, max=20, help="Pictures of each line.")]
 
-Model: TypeAlias = Annotated[Path, _option("A segmentation RUN.")]
+Model: TypeAlias = Annotated[Path, _option("A segmentation or classification RUN.")]
 AnyModel: TypeAlias = Annotated[Path | None, _option("A RUN or checkpoint to load and verify.", "--model")]
-Input: TypeAlias = Annotated[Path, _option("A NIfTI file, a folder of them, or a DICOM series.")]
+Input: TypeAlias = Annotated[Path, _option("A volume or picture, a folder of them, or a DICOM series.")]
 StepSize: TypeAlias = Annotated[
     float, typer.Option(min=0.1, max=1.0, help="Step of the sliding window, part of a patch.")
 ]
@@ -118,6 +174,22 @@ MemoryMb: TypeAlias = Annotated[
 ]
 Predictions: TypeAlias = Annotated[Path, _option("Folder of masks, or a segmentation RUN.")]
 References: TypeAlias = Annotated[Path, _option("Folder of reference masks, or an nnU-Net raw data set.")]
+Probabilities: TypeAlias = Annotated[
+    Path, _option("CSV with a column case and p_<class> for each class, or a classification RUN.", "--predictions")
+]
+TrueLabels: TypeAlias = Annotated[
+    Path | None,
+    _option(
+        "CSV with case (or path), label, and optionally patient and split; by default the predictions' own column "
+        "target.",
+        "--references",
+    ),
+]
+TargetKind: TypeAlias = Annotated[
+    Literal["auto", "multiclass", "multilabel", "ordinal"],
+    typer.Option("--kind", help="What a case's label is; auto takes several labels where a row does not sum to 1."),
+]
+OnlySplit: TypeAlias = Annotated[str | None, _option("Only cases of this split.", "--split")]
 CommonCases: TypeAlias = Annotated[
     bool, _option("Where the runs have different cases, compare those they share.", "--common-cases")
 ]

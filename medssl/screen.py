@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 #: Columns of a list that may be folded; the others hold names.
-PROSE = {"summary", "source", "title", "transforms", "meaning", "remedy", "detail"}
+PROSE = {"summary", "source", "title", "transforms", "meaning", "remedy", "detail", "licence"}
 
 _out = Console()
 _errors = Console(stderr=True)

@@ -22,6 +22,8 @@ _ENDINGS: tuple[str, ...] = (
 _ENDINGS += (".png", ".jpg", ".jpeg", ".jpe", ".tif", ".tiff")
 _SUBJECT = re.compile(r"(?:^|[/_])(sub-[A-Za-z0-9]+)(?=[/_.]|$)")
 _SESSION = re.compile(r"(?:^|[/_])(ses-[A-Za-z0-9]+)(?=[/_.]|$)")
+#: OpenNeuro's number of a data set: OpenMind holds hundreds of them, each with its own `sub-01`.
+_ACCESSION = re.compile(r"(?:^|/)(ds\d{6})(?=/)")
 #: Folders of nnU-Net and of the Medical Segmentation Decathlon that hold masks, not images.
 LABEL_FOLDERS = frozenset({"labelsTr", "labelsTs", "labelsVal", "labelsTest"})
 
@@ -31,8 +33,9 @@ class FileIdentity:
     """Private identities of an image file.
 
     Attributes:
-        patient: The subject of BIDS (`sub-...`); else the folder, if its name has a number and the file's name begins
-            with it (one folder per patient); else the name of the file without nnU-Net's channel number.
+        patient: The subject of BIDS (`sub-...`), within its OpenNeuro data set (`ds000001/`) if it lies in one; else
+            the folder, if its name has a number and the file's name begins with it (one folder per patient); else the
+            name of the file without nnU-Net's channel number.
         study: The session of BIDS, else the patient.
         series: The path.
         known: Whether the patient is more than a guess.
@@ -54,7 +57,8 @@ def identity_of(label: str, path: str) -> FileIdentity:
     subject, session = _SUBJECT.search(path), _SESSION.search(path)
     series = ("file", label, path)
     if subject:
-        person = ("subject", label, subject.group(1))
+        accession = _ACCESSION.search(path[: subject.start() + 1])
+        person = ("subject", label, *(accession.groups() if accession else ()), subject.group(1))
         return FileIdentity(person, (*person, session.group(1) if session else ""), series, True)
     pure = PurePosixPath(path)
     stem = case_of(pure.name)
@@ -88,5 +92,7 @@ def channel_of(name: str) -> str | None:
 
 
 def is_label_file(path: str) -> bool:
-    """Tell whether a file lies in a folder of masks."""
-    return bool(LABEL_FOLDERS.intersection(PurePosixPath(path).parts[:-1]))
+    """Tell whether a file lies in a folder of masks, or is one of the masks that OpenMind keeps in `NAME__Data`."""
+    pure = PurePosixPath(path)
+    beside = pure.parent.name.endswith("__Data") and stem_of(pure.name).endswith("_mask")
+    return beside or bool(LABEL_FOLDERS.intersection(pure.parts[:-1]))

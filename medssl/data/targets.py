@@ -20,7 +20,17 @@ KINDS = ("multiclass", "multilabel", "ordinal")
 SPLITS = ("train", "validation", "test")
 #: Share of patients that validate where the data set names no split.
 VALIDATION_SHARE = 0.2
-_NAMED = 5
+#: Spellings of the splits.
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+#: How many of many are named in a message.
+NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,6 @@ def draw_labelled(targets: Targets, count: int, seed: int) -> Targets:
             f"--labelled {count}: there are {len(train)} training cases of {len(targets.classes)} classes. Choose "
             f"{len(targets.classes)} to {len(train)}."
         )
-    rows = {case.name: number for number, case in enumerate(train)}
     piles: dict[int, list[Case]] = defaultdict(list)
     frequency = Counter(number for case in train for number in carried(case))
     for case in train:
@@ -200,7 +209,7 @@ def draw_labelled(targets: Targets, count: int, seed: int) -> Targets:
         chosen = min(behind, key=lambda number: (taken[number] > 0, (taken[number] + 1) / len(orders[number]), number))
         kept.add(orders[chosen][taken[chosen]].name)
         taken[chosen] += 1
-    return targets.with_cases(case for case in targets.cases if case.split != "train" or case.name in kept and rows)
+    return targets.with_cases(case for case in targets.cases if case.split != "train" or case.name in kept)
 
 
 def class_numbers(names: Sequence[str], kind: str, classes: Sequence[str] | None) -> tuple[str, ...]:
@@ -239,6 +248,11 @@ def check_kind(kind: str) -> str:
     return kind
 
 
+def few(names: Sequence[str]) -> str:
+    """Return the first of some names for a message."""
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
 def _refuse_repeats(targets: Targets) -> None:
     seen: dict[object, Case] = {}
     for case in targets.cases:
@@ -274,7 +288,7 @@ def _refuse_lonely_classes(targets: Targets) -> None:
                 "class out of the data set."
             )
         if not any(case.split == "train" for case in cases):
-            shown = ", ".join(case.where for case in cases[:_NAMED])
+            shown = few([case.where for case in cases])
             split = " and ".join(sorted({case.split for case in cases}))
             raise DataError(
                 f"Class '{name}' is only in {split} ({shown}): nothing can be learned of it. Move a patient to "

@@ -212,7 +212,7 @@ class _Tour:
         """Segment one DICOM series that nobody labelled, then ask the phantom how well; return the mean Dice."""
         from medssl.archive.pseudonym import KEY_VARIABLE
         from medssl.evaluation.segmentation import evaluate_segmentation
-        from medssl.inference.predict import predict
+        from medssl.inference.predict import PredictSummary, predict
 
         series = (self.out / "hospital" / NEW_PATIENTS / self.last.file).parent
         with self._step("Predicting on the DICOM series of one more new patient"):
@@ -223,7 +223,7 @@ class _Tour:
                 summary = predict(
                     self.out / "finetuned", series, self.out / "prediction", device="cpu", quiet=self.quiet
                 )
-            if not summary.predictions:
+            if not isinstance(summary, PredictSummary) or not summary.predictions:
                 raise MedsslError(f"The demo's own series was refused: {summary.to_json()['refused']}")
             mask = self.out / "prediction" / summary.predictions[0].mask
             truth = self.out / "prediction_truth" / mask.name

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from medssl.data.probabilities import Probabilities, read_probabilities
 from medssl.errors import DataError, UsageError
-from medssl.evaluation.bootstrap import LEVEL, RESAMPLES, resampled_counts
-from medssl.evaluation.classification_result import ClassificationResult, Interval
+from medssl.evaluation.bootstrap import LEVEL, resampled_counts
+from medssl.evaluation.classification_result import ClassificationResult, Interval, resamples_for
 from medssl.evaluation.references import Reference, read_references, table_targets
 from medssl.files import write_json
 from medssl.training.ranking import Floats, Ranking
@@ -179,12 +179,13 @@ def reliability(probabilities: Floats, targets: NDArray[np.int64], kind: str) ->
 
 
 def _resampled(scores: Scores, table: Probabilities, seed: int) -> dict[str, Floats]:
-    """Return each metric in each resample. Shape: (RESAMPLES,) each."""
+    """Return each metric in each resample. Shape: (resamples,) each."""
     counts = resampled_counts(
         len(table.cases),
         strata=None if scores.kind == "multilabel" else scores.targets.tolist(),
         groups=table.patient_keys or None,
         seed=seed,
+        resamples=resamples_for(len(table.cases)),
     )
     parts, varied = [], False
     for weights in counts:
@@ -192,14 +193,14 @@ def _resampled(scores: Scores, table: Probabilities, seed: int) -> dict[str, Flo
         varied = varied or bool((weights != 1).any())
     if not varied:
         # One case of each class cannot be drawn otherwise: there is no interval, and none of width 0.
-        return {name: np.full(RESAMPLES, np.nan) for name in parts[0]}
+        return {name: np.full(1, np.nan) for name in parts[0]}
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _interval(value: float, samples: Floats) -> Interval:
     known = samples[~np.isnan(samples)]
     # Of few resamples in which the metric is defined, the interval would be about those alone.
-    if math.isnan(value) or known.size < RESAMPLES / 2:
+    if math.isnan(value) or known.size < samples.size / 2 or not known.size:
         return Interval(value, math.nan, math.nan)
     low, high = np.percentile(known, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
     return Interval(value, float(low), float(high))

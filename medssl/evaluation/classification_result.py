@@ -26,6 +26,11 @@ OVERALL = (
 )
 
 
+def resamples_for(cases: int) -> int:
+    """Return how many resamples an interval is made of: fewer of many cases, whose intervals vary less."""
+    return RESAMPLES if cases <= 2000 else RESAMPLES // 5
+
+
 @dataclass(frozen=True)
 class Interval:
     """A metric over cases, with its percentile bootstrap interval.
@@ -98,7 +103,7 @@ class ClassificationResult:
             "patients": self.patients,
             "classes": self.counts,
             "conventions": {
-                "interval": f"percentile bootstrap over {units}, {LEVEL:.0%}, {RESAMPLES} resamples, seed {self.seed}",
+                "interval": f"percentile bootstrap over {units}, {LEVEL:.0%}, {resamples_for(len(self.cases))} resamples, seed {self.seed}",
                 "undefined": "null; means over classes are over the classes for which the metric is defined",
                 "auroc, aupr": "each class against the rest, then the mean; aupr is average precision",
                 "decisions": "threshold 0.5 per label" if self.kind == "multilabel" else "the most probable class",

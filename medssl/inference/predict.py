@@ -25,6 +25,7 @@ from medssl import __version__
 from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, InputRefused, UsageError
 from medssl.files import prepare_output_folder, write_json, write_text
 from medssl.inference.cases import Case, Refusal, find_cases
+from medssl.inference.classify import ClassifySummary, classify
 from medssl.inference.grid import Grid, write_mask
 from medssl.inference.model import SegmentationModel, load_model, resolve_device
 from medssl.inference.preprocess import prepare
@@ -128,14 +129,18 @@ def predict(
     memory_mb: int | None = None,
     overwrite: bool = False,
     quiet: bool = False,
-) -> PredictSummary:
-    """Segment a volume, a folder of volumes, or DICOM series; each mask lies on the grid of its source.
+) -> PredictSummary | ClassifySummary:
+    """Segment or classify a volume, a folder of volumes, or DICOM series.
+
+    With a classification RUN the result is a table of probabilities; see `medssl.inference.classify`. Options of the
+    sliding window belong to segmentation, where each mask lies on the grid of its source.
 
     Writes `<case>.nii.gz`, `predictions.json` and `volumes.csv` into `out`. An input that cannot be used costs one row
     in `refused` and nothing else.
 
     Args:
-        model: A segmentation RUN, or any trained nnU-Net model folder; of several folds the mean is taken.
+        model: A classification RUN, a segmentation RUN, or any trained nnU-Net model folder; of several folds the mean
+            is taken.
         input: A NIfTI, NRRD, MetaImage or MGH file, a folder of them, or a DICOM file or folder of series.
         out: Output folder.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -149,8 +154,14 @@ def predict(
         UsageError: If an option does not fit, `out` is not empty, or mirroring is asked for and not allowed.
         CheckpointError: If the model cannot be used.
     """
+    from medssl.transfer.classifier_files import is_classification
     from medssl.transfer.nnunet import nnunet_environment
 
+    if is_classification(model):
+        if mirroring is not None or step_size != 0.5 or memory_mb is not None:
+            raise UsageError("--mirroring, --step-size and --memory-mb are for masks: this model is a classifier.")
+        _refuse_overlap(input, out)
+        return classify(model, input, out, device=device, overwrite=overwrite, quiet=quiet)
     if not 0 < step_size <= 1:
         raise UsageError(f"--step-size {step_size}: must be above 0 and at most 1. nnU-Net's default is 0.5.")
     if memory_mb is not None and memory_mb < 1:

@@ -60,29 +60,6 @@ def classification_error(
     return (error if weights is None else error * weights.to(error.dtype)[target]).mean()
 
 
-def class_probabilities(logits: Tensor, kind: str) -> Tensor:
-    """Return the probability of each class.
-
-    Args:
-        logits: Shape: (N, K), or (N, K - 1) for `ordinal`.
-        kind: One of `KINDS`.
-
-    Returns:
-        Shape: (N, K), float32 or wider. Rows sum to 1, but for `multilabel`, where each label has its own.
-    """
-    logits = at_least_float32(logits)
-    if kind == "multiclass":
-        return logits.softmax(dim=1)
-    if kind == "multilabel":
-        return logits.sigmoid()
-    if kind != "ordinal":
-        raise ValueError(f"There is no kind of target '{kind}': use {', '.join(KINDS)}")
-    above = logits.sigmoid()
-    ones, zeros = torch.ones_like(above[:, :1]), torch.zeros_like(above[:, :1])
-    # Thresholds that are not in order would give negative probabilities; `OrdinalHead` keeps them in order.
-    return (torch.cat([ones, above], dim=1) - torch.cat([above, zeros], dim=1)).clamp(min=0)
-
-
 def effective_number_weights(counts: Sequence[int], beta: float = 0.999) -> list[float]:
     """Return a factor for each class that falls with its effective number of samples (1 - beta^n) / (1 - beta).
 

@@ -114,9 +114,9 @@ class Classifier(nn.Module):
         self.encoder = Encoder(network)
         self.stages, self.pooling = chosen_stages(self.encoder, stages), pooling
         self.head = Head(pooled_width(self.encoder, self.stages, pooling), classes, kind, dropout)
-        network.decoder.requires_grad_(False)  # type: ignore[union-attr]
+        network.decoder.requires_grad_(False)
         # The decoder holds the encoder too.
-        network.encoder.requires_grad_(True)  # type: ignore[union-attr]
+        network.encoder.requires_grad_(True)
 
     def freeze(self, trained_stages: int | None) -> None:
         """Let only the coarsest stages of the encoder be trained.
@@ -130,11 +130,11 @@ class Classifier(nn.Module):
         encoder = self.network.encoder
         count = len(encoder.stages)  # type: ignore[union-attr, arg-type]
         if trained_stages is None:
-            encoder.requires_grad_(True)  # type: ignore[union-attr]
+            encoder.requires_grad_(True)
             return
         if not 0 <= trained_stages <= count:
             raise UsageError(f"trained_stages {trained_stages}: the encoder has {count} stages.")
-        encoder.requires_grad_(False)  # type: ignore[union-attr]
+        encoder.requires_grad_(False)
         for stage in list(encoder.stages)[count - trained_stages :]:  # type: ignore[union-attr, arg-type]
             stage.requires_grad_(True)
         self.train(self.training)

@@ -20,7 +20,7 @@ from medssl.preprocessing.case import Plan
 from medssl.preprocessing.codec import LOSSLESS, check_codec
 from medssl.preprocessing.normalise import check_scheme
 from medssl.preprocessing.runners import Runner, runner
-from medssl.preprocessing.source import Job, open_source
+from medssl.preprocessing.source import Job, Source, open_source
 from medssl.preprocessing.store import StoreWriter
 from medssl.preprocessing.store_files import FAILED_FILE, STORE_FILE, UNFINISHED_FILE
 from medssl.preprocessing.survey import Options, plan_of, store_info
@@ -140,16 +140,47 @@ def preprocess(
         DataError: If there is nothing to preprocess.
         MedsslError: If the disk is full or a cluster fails; what is complete stays for `resume`.
     """
-    started = time.monotonic()
     index, out = Path(index), Path(out)
     if executor is not None and scheduler is not None:
         raise UsageError("Give an executor or a scheduler, not both.")
     if workers is not None and workers < 0:
         raise UsageError(f"--workers {workers}: give 0 or more.")
-    options = _check_options(spacing, normalisation, crop, codec, select)
+    options = check_options(spacing, normalisation, crop, codec, select)
     if out.resolve() == index.resolve():
         raise UsageError(f"--out {out} is the input; choose another folder for the store.")
     source = open_source(index, select, out.with_name(out.name + ".index"), workers=workers, quiet=quiet)
+    return preprocess_source(
+        source, out, options, workers=workers, executor=executor, scheduler=scheduler, resume=resume,
+        overwrite=overwrite, quiet=quiet,
+    )  # fmt: skip
+
+
+def preprocess_source(
+    source: Source,
+    out: Path,
+    options: Options,
+    *,
+    workers: int | None = None,
+    executor: Executor | None = None,
+    scheduler: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> PreprocessSummary:
+    """Make a store of volumes that are listed already; see `preprocess`.
+
+    Args:
+        source: The volumes.
+        out: Folder of the store.
+        options: What `check_options` returned.
+        workers: Processes on this machine.
+        executor: Runs the work in place of local processes.
+        scheduler: Address of a Dask scheduler, or `local`.
+        resume: Keep the volumes that are complete.
+        overwrite: Replace what is in `out`.
+        quiet: Show no progress.
+    """
+    started = time.monotonic()
     prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=_is_store)
     with runner(workers, executor, scheduler) as run:
         info = store_info(options, source, out, run, resume=resume, quiet=quiet)
@@ -166,7 +197,7 @@ def preprocess(
         failed=len(failures),
         codes=dict(sorted(Counter(row["code"] for row in failures).items())),
         spacing_mm=info["spacing"]["mm"],
-        codec=codec,
+        codec=options.codec,
         largest_error=error["largest"],
         rms_error=error["rms"],
         seconds=time.monotonic() - started,
@@ -201,9 +232,14 @@ def _process(jobs: Sequence[Job], plan: Plan, out: Path, run: Runner, quiet: boo
     return sorted(failures, key=lambda row: row["volume_id"])
 
 
-def _check_options(
+def check_options(
     spacing: str | Sequence[float], normalisation: str, crop: bool, codec: str, select: str | None
 ) -> Options:
+    """Return the options of a store, checked.
+
+    Raises:
+        UsageError: If one does not fit.
+    """
     check_scheme(normalisation)
     check_codec(codec)
     if isinstance(spacing, str):

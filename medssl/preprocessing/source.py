@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from medssl.archive.volume import Volume
+from medssl.archive.volume import Volume, spacing_of
 from medssl.errors import DataError, InputRefused, UsageError
 from medssl.preprocessing.case import check_label
 from medssl.preprocessing.orient import canonical, canonical_spacing
@@ -126,7 +126,7 @@ def spacing_of_file(path: str) -> Spacing:
     """
     volume = _read(Path(path)) if not path.endswith((".nii", ".nii.gz")) else _nifti_header(path)
     _, affine = canonical(volume.array, volume.affine)
-    return Volume(volume.array, affine).spacing_mm
+    return spacing_of(affine)
 
 
 def _nifti_header(path: str) -> Volume:

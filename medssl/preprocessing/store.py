@@ -34,8 +34,8 @@ from medssl.preprocessing.store_files import (
     number_of,
     read_info,
     read_json,
+    read_table,
     remove_leftovers,
-    shrink_rows,
     volume_is_complete,
     write_volume,
 )
@@ -56,7 +56,6 @@ class Store:
         """Use `Store.open`."""
         self.folder = folder
         self.info = info
-        shrink_rows(info["volumes"])
         self._facts: dict[str, dict[str, Any]] = {row["id"]: row for row in info["volumes"]}
         self.ids: list[str] = sorted(self._facts)
         self._entries: OrderedDict[str, StoreEntry] = OrderedDict()
@@ -74,7 +73,7 @@ class Store:
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder; --store needs a store. `medssl preprocess` makes one.")
         if (folder / STORE_FILE).is_file():
-            info = read_json(folder / STORE_FILE)
+            info = read_table(folder / STORE_FILE)
             if info.get("kind") != "store" or info.get("schema_version", 0) > SCHEMA_VERSION:
                 raise DataError(
                     f"{folder / STORE_FILE} is of schema {info.get('schema_version')}; this medssl reads up to "

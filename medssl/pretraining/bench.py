@@ -186,7 +186,7 @@ class _Bench:
         """Time each part of the policy, waiting for the device around it; slow ones of libraries one by one."""
         limit = self.seconds * SHARES["transforms"]
         libraries = {transform: transform.seconds for transform in self.policy.library.transforms}
-        with _clocked(self.policy, self._wait) as clock:
+        with clocked(self.policy, self._wait) as clock:
             began = time.perf_counter()
             count = 0
             while count < LEAST or time.perf_counter() - began < limit:
@@ -208,7 +208,7 @@ class _Bench:
 
 
 @contextmanager
-def _clocked(policy: Policy, wait: Callable[[], None]) -> Iterator[dict[str, float]]:
+def clocked(policy: Policy, wait: Callable[[], None]) -> Iterator[dict[str, float]]:
     """Measure the seconds that the spatial step and each intensity transform of a policy spend."""
     watched: list[tuple[Any, str, str]] = [(policy.spatial, "spatial", call) for call in ("draw", "apply")]
     watched += [(transform, transform.name, call) for transform in policy.intensity for call in ("draw", "apply_")]

@@ -6,7 +6,7 @@ host wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -62,31 +62,42 @@ class Engine:
         method: What is minimised; moved to the device and laid out in memory as the settings say.
         settings: How the loop runs.
         fabric: Devices and precision; launched.
+        optimiser: Makes the optimiser of the method's weights, in place of the one of the settings.
+        rates: Learning rate of each of its groups at a step, in place of the schedule of the settings.
 
     Attributes:
         optimiser: The optimiser, not wrapped: its state is what a checkpoint holds.
         ema: Averaged weights, or None.
         rate: Learning rate of the last step.
+        compiled: Whether the network's forward is compiled; False from then on where the compiler fails.
     """
 
-    def __init__(self, method: Method, settings: TrainingSettings, fabric: Fabric) -> None:
-        self.settings, self.fabric = settings, fabric
+    def __init__(
+        self,
+        method: Method,
+        settings: TrainingSettings,
+        fabric: Fabric,
+        *,
+        optimiser: Callable[[Method], torch.optim.Optimizer] | None = None,
+        rates: Callable[[int], Sequence[float]] | None = None,
+    ) -> None:
+        self.settings, self.fabric, self.rates = settings, fabric, rates
         self.method = method.to(fabric.device)
         self.channels_last = settings.memory_format == "channels_last"
         if self.channels_last:
             lay_out_weights(self.method)
-        self.optimiser = build_optimiser(settings.optimiser, self.method)
+        self.optimiser = optimiser(self.method) if optimiser else build_optimiser(settings.optimiser, self.method)
         self.peaks = [float(group["lr"]) for group in self.optimiser.param_groups]
         self.ema = AveragedWeights(self.method.network, settings.ema) if settings.ema else None
         self.rate = 0.0
-        self._compiles = settings.compile
+        self.compiled = settings.compile
         self._module: Any = None
         self._wrapped: Any = None
 
     def start(self) -> None:
         """Make it ready for steps; what a resumed run needs has been put in place before."""
         self._module, self._wrapped = self.fabric.setup(_Terms(self.method), self.optimiser)
-        if self._compiles:
+        if self.compiled:
             compile_network(self.method.network)
 
     @torch.no_grad()
@@ -107,10 +118,10 @@ class Engine:
         Returns:
             Terms of the loss and the norm of the gradient, on the device.
         """
-        factor = rate_factor(self.settings.schedule, now.index, self.settings.steps)
-        for group, peak in zip(self._wrapped.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * factor
-        self.rate = self.peaks[0] * factor
+        rates = self._rates(now.index)
+        for group, rate in zip(self._wrapped.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.rate = rates[0]
         figures: dict[str, Tensor] = {}
         count = self.settings.accumulate
         for part, views in enumerate(parts):
@@ -129,6 +140,12 @@ class Engine:
             self.ema.update(self.method.network)
         return figures
 
+    def _rates(self, step: int) -> Sequence[float]:
+        if self.rates is not None:
+            return self.rates(step)
+        factor = rate_factor(self.settings.schedule, step, self.settings.steps)
+        return [peak * factor for peak in self.peaks]
+
     def weigh(self, terms: Mapping[str, Tensor]) -> Tensor:
         """Return the weighed sum of the terms.
 
@@ -146,7 +163,7 @@ class Engine:
         self.method.eval()
         # A look is rare: to compile a program of its own for it, without gradients, would not pay.
         plain: AbstractContextManager[Any] = nullcontext()
-        if self._compiles:
+        if self.compiled:
             plain = torch.compiler.set_stance("force_eager")
         try:
             with torch.no_grad(), self.fabric.autocast(), plain:
@@ -160,7 +177,7 @@ class Engine:
         return contiguous_weights(network.state_dict() if self.ema is None else self.ema.state_of(network))
 
     def _terms(self, work: _Work) -> Any:
-        if not self._compiles:
+        if not self.compiled:
             return self._module(work)
         from torch._dynamo.exc import TorchDynamoException
 
@@ -169,7 +186,7 @@ class Engine:
         except TorchDynamoException as error:
             # A compiler that is missing or fails costs speed and must not cost the run.
             give_up_compiling(self.method.network, error)
-            self._compiles = False
+            self.compiled = False
             return self._module(work)
 
     def _clip(self, most: float) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,10 @@ class Job:
         content: Makes a checkpoint's content of the exported weights, the steps done, and the state that a resumed
             run needs (None in the final checkpoint).
         name: Title of the progress bar.
+        optimiser: Makes the optimiser, in place of the one of the settings.
+        rates: Learning rate of each of its groups at a step, in place of the schedule of the settings.
+        look: Looks at the method every `validate_every` steps and returns figures for metrics.jsonl; called with the
+            engine and the steps done, on every rank.
     """
 
     method: Method
@@ -78,6 +82,9 @@ class Job:
     run: Path
     content: Content
     name: str
+    optimiser: Callable[[Method], torch.optim.Optimizer] | None = None
+    rates: Callable[[int], Sequence[float]] | None = None
+    look: Callable[[Engine, int], dict[str, float]] | None = None
 
 
 def train(job: Job, fabric: Fabric, *, state: dict[str, Any] | None = None, quiet: bool = False) -> Path:
@@ -99,7 +106,7 @@ def train(job: Job, fabric: Fabric, *, state: dict[str, Any] | None = None, quie
 class _Loop:
     def __init__(self, job: Job, fabric: Fabric, state: dict[str, Any] | None, quiet: bool) -> None:
         self.job, self.settings, self.fabric, self.quiet = job, job.settings, fabric, quiet
-        self.engine = Engine(job.method, self.settings, fabric)
+        self.engine = Engine(job.method, self.settings, fabric, optimiser=job.optimiser, rates=job.rates)
         self.method = self.engine.method
         guard = CollapseGuard(self.settings.guards)
         self.state = LoopState(self.method, self.engine.optimiser, self.engine.ema, guard)
@@ -180,6 +187,8 @@ class _Loop:
             row |= {f"health/{name}": value for name, value in self._health().items()}
         if self.job.validation is not None and self._due(settings.validate_every):
             row |= self._validate(self.job.validation)
+        if self.job.look is not None and self._due(settings.validate_every):
+            row |= self.job.look(self.engine, state.step)
         if self.metrics is not None:
             self.metrics.write(state.step, row)
         state.guard.check({name: value for name, value in row.items() if name.startswith("health/")}, state.step)

@@ -79,7 +79,7 @@ def fit_temperature(logits: Floats, targets: NDArray[np.integer], kind: Kind) ->
 
     found = minimize_scalar(loss, bounds=(np.log(COLDEST), np.log(HOTTEST)), method="bounded", options={"xatol": 1e-6})
     temperature = float(np.exp(found.x))
-    if temperature < COLDEST * 1.01:
+    if temperature < COLDEST * 1.01 or loss(float(np.log(COLDEST))) <= found.fun + 1e-12:
         logger.warning("All %d cases are answered right: they tell no temperature, 1 is kept.", len(z))
         return 1.0
     return temperature

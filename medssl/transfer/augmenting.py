@@ -77,8 +77,9 @@ def device_augmentation(
     laterality: str,
     seed: int,
     stream: str = "0",
+    purpose: str = "fine-tuning",
 ) -> DeviceAugmentation:
-    """Return the policy `fine-tuning` for a data set of nnU-Net.
+    """Return a policy for a data set of nnU-Net.
 
     Args:
         plans: nnU-Net's `PlansManager`.
@@ -89,6 +90,7 @@ def device_augmentation(
         laterality: forbid, swap-labels or allow.
         seed: The run's seed.
         stream: Separates ranks from each other.
+        purpose: Of the policy, a name of `medssl.augmentation.policy.PURPOSES`.
 
     Raises:
         UsageError: If the plans turn the axes, so that left and right are not along the last.
@@ -113,7 +115,7 @@ def device_augmentation(
         ignore_label=labels.ignore_label,
     )
     return DeviceAugmentation(
-        policy_for("fine-tuning", [modality], [int(edge) for edge in configuration.patch_size], settings),
+        policy_for(purpose, [modality], [int(edge) for edge in configuration.patch_size], settings),
         modality,
         targets,
         spacing_mm=configuration.spacing,

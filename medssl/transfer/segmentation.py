@@ -93,7 +93,7 @@ def finetune_segmentation(
         workers: Processes that preprocess and make batches; 0 works in this process.
         laterality: Left-right mirroring: forbid, swap-labels or allow.
         augmentation: `nnunet` is nnU-Net's own, made by the workers; `medssl` our policy `fine-tuning` for the data
-            set's modality, made on the device.
+            set's modality, made on the device; `medssl-strong` our policy `strong`.
         cache: Folder for preprocessed data that several runs share; by default it lies in the RUN.
         resume: Continue the RUN from its last checkpoint.
         overwrite: Replace the RUN.

@@ -13,8 +13,10 @@ from medssl.transfer.schedule import PRETRAINED_RATE, Schedule
 
 # Names a YAML file for the trainer when plain `nnUNetv2_train ... -tr medSSLTrainer` runs it.
 VARIABLE = "MEDSSL_FINETUNE"
-Augmentation = Literal["nnunet", "medssl"]
+Augmentation = Literal["nnunet", "medssl", "medssl-strong"]
 AUGMENTATIONS: tuple[str, ...] = get_args(Augmentation)
+#: Policies of those that are made on the device.
+PURPOSES = {"medssl": "fine-tuning", "medssl-strong": "strong"}
 
 
 class TrainingSettings(Settings):
@@ -34,7 +36,8 @@ class TrainingSettings(Settings):
         momentum: Of SGD.
         weight_decay: Of either.
         laterality: Left-right mirroring: forbid, swap-labels or allow.
-        augmentation: `nnunet` is nnU-Net's own, in the workers; `medssl` our policy `fine-tuning`, on the device.
+        augmentation: `nnunet` is nnU-Net's own, in the workers; `medssl` our policy `fine-tuning`, on the device;
+            `medssl-strong` our policy `strong`.
         seed: Of everything random.
         workers: Processes that make batches; 0 makes them in the training process.
         checkpoint: Pretrained weights, or None.

@@ -84,7 +84,7 @@ def step(
         numbers = itertools.count()
         return lambda: engine.step(Step(next(numbers), engine.settings.steps), iter([views]))
 
-    return throughput(prepared, batch, device, seconds)
+    return {**throughput(prepared, batch, device, seconds), "compiled": engine.compiled}
 
 
 def real(device: str, network: str, patch: int, batch: int, seconds: float, workers: int, shape: list[int],
@@ -141,10 +141,10 @@ def _policy(purpose: str, modality: str, device: str, patch: int, batch: int, se
 
     for _ in range(WARM_UP):
         once()
-    passed = meanmean_seconds(once, device, seconds / 2)
+    passed = mean_seconds(once, device, seconds / 2)
     before = calls
     with clocked(policy, lambda: wait_for(device)) as clock:
-        meanmean_seconds(once, device, seconds / 2)
+        mean_seconds(once, device, seconds / 2)
     return {
         "purpose": purpose, "modality": modality, "patch": patch, "batch": batch, "views": views,
         "ms": 1000 * passed,
@@ -184,6 +184,7 @@ def peer(device: str, network: str, patch: int, batch: int, seconds: float, comp
 
     return {
         **throughput(prepared, batch, device, seconds),
+        "compiled": compile,
         "code": "nnU-Net's own train_step" if own else "nnU-Net's train_step, written down again",
     }
 

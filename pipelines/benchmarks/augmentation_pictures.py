@@ -1,9 +1,9 @@
 """What does each family of transforms do? Pictures of the demo's phantom and of a made ultrasound sector.
 
-Command: `python pipelines/benchmarks/augmentation_pictures.py` (half a minute; writes `results/augmentation_<family>.png`).
+Command: `python pipelines/benchmarks/augmentation_pictures.py` (writes `results/augmentation_<family>.png`).
 
-Each row shows the image as read, then every transform of a family twice, always applied, at the settings named here. The
-same pictures of a policy on a volume of one's own: `medssl preview VOLUME --purpose contrastive --out sheet.png`.
+Each row shows the image as read, then every transform of a family twice, always applied, at the settings named here.
+The same pictures of a policy on a volume of one's own: `medssl preview VOLUME --purpose contrastive --out sheet.png`.
 """
 
 from __future__ import annotations
@@ -174,10 +174,8 @@ def _write(family: str, image: Tensor, rows: list[tuple[str, list[Tensor]]], spa
                 middle = int(shown.flatten(1).amax(dim=1).argmax())
             content = shown if flat else shown[:, shown.shape[1] // 2] if coronal else shown[middle]
             axis = axes[line, number]
-            up = "upper" if flat else "lower"
-            axis.imshow(
-                content.numpy(), cmap="gray", vmin=low, vmax=high, origin=up, aspect=z / x if coronal else y / x
-            )
+            up, ratio = ("upper" if flat else "lower"), (z / x if coronal else y / x)
+            axis.imshow(content.numpy(), cmap="gray", vmin=low, vmax=high, origin=up, aspect=ratio)
             axis.set_axis_off()
         axes[0, number].set_title(title, fontsize=8)
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.9)

@@ -1,10 +1,10 @@
 """Does every recipe run as its head says, and what does it reach?
 
-Command: `python pipelines/benchmarks/recipes.py --workdir W` (two to three hours on two cores; `--only NAME` runs one).
+Command: `python pipelines/benchmarks/recipes.py --workdir W` (hours on two cores; `--only NAME` runs one).
 
-The commands at the head of each `pipelines/*.yaml` are run as they stand, in a work folder, on the data of `MEDSSL_DATA`.
-Kept are the first and the last loss, the last figures of the method's health, and the time. A recipe whose work folder
-holds its results already is not run again.
+The commands at the head of each `pipelines/*.yaml` are run as they stand, in a work folder, on the data of
+`MEDSSL_DATA`. Kept are the first and the last loss, the last figures of the method's health, and the time. A recipe
+whose work folder holds its results already is not run again.
 """
 
 from __future__ import annotations

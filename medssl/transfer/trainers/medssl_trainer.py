@@ -36,7 +36,7 @@ from medssl.transfer.batches import KeptCases, StepBatches, make_repeatable
 from medssl.transfer.laterality import inference_axes, set_mirroring, training_axes
 from medssl.transfer.overlay import KeyReport, overlay
 from medssl.transfer.schedule import depths_of, group_of
-from medssl.transfer.settings import TrainingSettings, settings_from_environment
+from medssl.transfer.settings import PURPOSES, TrainingSettings, settings_from_environment
 from medssl.transfer.source import load_source
 
 logger = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ class medSSLTrainer(nnUNetTrainer):
         shared["ignore_label"] = self.label_manager.ignore_label
         patch = self.configuration_manager.patch_size
         training: Any = None
-        if self.settings.augmentation == "medssl":
+        if self.settings.augmentation in PURPOSES:
             self.augmentation = self._device_augmentation(scales)
             initial_patch = self.augmentation.read_size
         else:
@@ -201,6 +201,7 @@ class medSSLTrainer(nnUNetTrainer):
             laterality=self.settings.laterality,
             seed=self.settings.seed,
             stream=str(self.local_rank),
+            purpose=PURPOSES[self.settings.augmentation],
         )
         # The network has not seen other axes flipped.
         allowed = inference_axes(self.settings.laterality, self._dimensions)
