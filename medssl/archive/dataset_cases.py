@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Two grids are one if no voxel of a corner lies further apart than this part of a voxel.
 _GRID_TOLERANCE = 0.05
+#: Residual of the conic on an outline of some thickness; 0.2 is a tenth of the radius.
+_OUTLINE_TOLERANCE = 0.25
 _NIFTI = ".nii.gz"
 
 
@@ -36,7 +38,7 @@ class CaseTask:
         channels: Names of the channels that are expected.
         labels: Values that the written mask may have.
         values: Stored value and written value; empty where they are the same.
-        outline: Whether masks are outlines of a convex thing.
+        outline: Whether masks are outlines of an ellipse.
         united: Whether several masks of the case are one.
         image_target: Path of the written image without channel and ending; empty to check only.
         mask_target: Path of the written mask.
@@ -182,7 +184,8 @@ def _mask(task: CaseTask, grid: Volume) -> tuple[NDArray[Any], bool]:
     """
     merged: NDArray[Any] | None = None
     changed = task.united and len(task.masks) > 1
-    for label, path in task.masks:
+    # Where structures overlap, the one with the higher number wins.
+    for label, path in sorted(task.masks, key=lambda entry: (task.labels.get(entry[0], 0), entry[1])):
         try:
             stored = _load(path)
             array, turned = _on_grid(stored, grid)
@@ -223,13 +226,29 @@ def _mapped(task: CaseTask, label: str, array: NDArray[Any]) -> tuple[NDArray[An
 
 
 def _filled(array: NDArray[Any]) -> NDArray[Any]:
-    """Return the convex hull of an outline: it closes where the picture's edge cuts an ellipse."""
-    from skimage.morphology import convex_hull_image
+    """Return the inside of an ellipse's outline, which may be open where the picture's edge cuts it.
 
+    The conic a x^2 + b x y + c y^2 + d x + e y = 1 about the points' mean, which lies inside, is fitted to the points.
+
+    Raises:
+        InputRefused: If the points lie on no ellipse.
+    """
     outline = array[0] > 0
-    if not outline.any():
-        raise InputRefused("label_value", "an outline without any point.")
-    return convex_hull_image(outline).astype(array.dtype)[None] * array.max()
+    y, x = np.nonzero(outline)
+    if y.size < 5:
+        raise InputRefused("label_value", "an outline without points.")
+    middle, scale = (y.mean(), x.mean()), max(np.ptp(y), np.ptp(x)) / 2
+
+    def terms(y: NDArray[Any], x: NDArray[Any]) -> NDArray[np.float64]:
+        v, u = (y - middle[0]) / scale, (x - middle[1]) / scale
+        return np.stack([u * u, u * v, v * v, u, v], -1)
+
+    conic = np.linalg.lstsq(terms(y, x), np.ones(y.size), rcond=None)[0]
+    residual = np.abs(terms(y, x) @ conic - 1).max()
+    if not (4 * conic[0] * conic[2] > conic[1] ** 2 and conic[0] > 0 and residual < _OUTLINE_TOLERANCE):
+        raise InputRefused("label_value", "an outline that is no ellipse.")
+    inside = terms(*np.indices(outline.shape)) @ conic <= 1
+    return ((inside | outline) * array.max()).astype(array.dtype)[None]
 
 
 def _on_grid(mask: Volume, grid: Volume) -> tuple[NDArray[Any], bool]:

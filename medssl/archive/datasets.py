@@ -107,7 +107,7 @@ class Layout(Settings):
         parts: Its files.
         dicom: Whether an image is a folder with one DICOM series.
         values: Stored value of a mask and the value that is written; empty where they are the same.
-        outline: Whether masks are outlines of a convex thing, to be filled.
+        outline: Whether masks are outlines of an ellipse, to be filled.
     """
 
     title: str

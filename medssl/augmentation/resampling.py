@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -39,15 +41,16 @@ def resample(
     """
     if image.device.type == "cpu":
         result = image.new_empty((*image.shape[:2], *size))
+        scratch = _scratch_of(threading.get_ident())
         for rows, sliced in _runs(_slices_stay_slices(matrix, offset)):
             if sliced:
                 for row in range(rows.start, rows.stop):
-                    _resample_slices(image[row], matrix[row].float(), result[row], mode)
+                    _resample_slices(image[row], matrix[row].float(), result[row], mode, scratch)
                 continue
             for few, part in blocks(rows.stop - rows.start, size):
                 some = slice(rows.start + few.start, rows.start + few.stop)
                 moved = None if offset is None else offset[some, :, part]
-                _resample_block(image[some], matrix[some].float(), result[some], part, moved, mode)
+                _resample_block(image[some], matrix[some].float(), result[some], part, moved, mode, scratch)
         return result
     theta = _moved(normalised_theta(matrix.double(), image.shape[2:], size).float(), image.device)
     grid = F.affine_grid(theta, [len(theta), 1, *size], align_corners=False)
@@ -96,16 +99,19 @@ def blocks(count: int, size: Sequence[int]) -> list[tuple[slice, slice]]:
     ]
 
 
-def positions(matrix: Tensor, size: Sequence[int], part: slice) -> Iterator[Tensor]:
+def positions(
+    matrix: Tensor, size: Sequence[int], part: slice, out: Sequence[Tensor] | None = None
+) -> Iterator[Tensor]:
     """Yield the coordinates of the mapped position of each voxel of a block, one after the other.
 
     Args:
         matrix: Each sample's map. Shape: (n, D, D + 1), float32.
         size: Spatial size of the output.
         part: Range of the first spatial axis.
+        out: Memory for each coordinate.
 
     Yields:
-        New memory, for each row of the map. Shape: (n, slab, *size[1:]), float32.
+        For each row of the map. Shape: (n, slab, *size[1:]), float32.
     """
     count = len(size)
     first = torch.arange(part.start, part.stop, dtype=torch.float32)
@@ -113,13 +119,34 @@ def positions(matrix: Tensor, size: Sequence[int], part: slice) -> Iterator[Tens
     for number, axis in enumerate((first, *(torch.arange(edge, dtype=torch.float32) for edge in size[1:]))):
         along = [1] * count
         along[number] = len(axis)
-        terms.append((matrix[:, :, number, None] * axis).reshape(*matrix.shape[:2], *along))
+        terms.append((matrix[:, :, number, None] * axis).view(*matrix.shape[:2], *along))
     # The small axes are summed first, so that only one addition is as large as the block.
     small = matrix[:, :, count].reshape(*matrix.shape[:2], *([1] * count))
     for term in terms[:-1]:
         small = small + term
-    for row in range(matrix.shape[1]):
-        yield small[:, row] + terms[-1][:, row]
+    for row, (base, line) in enumerate(zip(small.unbind(1), terms[-1].unbind(1), strict=True)):
+        yield torch.add(base, line, out=None if out is None else out[row])
+
+
+class _Scratch:
+    """Memory to work in, kept from block to block and from call to call: new memory costs as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return memory of a shape, with whatever is in it; what was taken under the same name before is lost."""
+        count = math.prod(shape)
+        found = self._memory.get((name, dtype))
+        if found is None or found.numel() < count:
+            found = self._memory[name, dtype] = torch.empty(count, dtype=dtype)
+        return found[:count].view(tuple(shape))
+
+
+@lru_cache(maxsize=16)
+def _scratch_of(thread: int) -> _Scratch:
+    """Return the memory of a thread, about ten times `VOXELS_AT_ONCE` numbers."""
+    return _Scratch()
 
 
 def _runs(flags: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
@@ -139,7 +166,7 @@ def _slices_stay_slices(matrix: Tensor, offset: Tensor | None) -> list[bool]:
     return stays
 
 
-def _resample_slices(source: Tensor, matrix: Tensor, target: Tensor, mode: str) -> None:
+def _resample_slices(source: Tensor, matrix: Tensor, target: Tensor, mode: str, scratch: _Scratch) -> None:
     """Fill a view whose slices stay slices.
 
     Args:
@@ -147,9 +174,10 @@ def _resample_slices(source: Tensor, matrix: Tensor, target: Tensor, mode: str) 
         matrix: Shape: (3, 4), float32.
         target: To be filled. Shape: (C, *size).
         mode: `bilinear` or `nearest`.
+        scratch: Memory to work in.
     """
     (depth_in, *plane_in), (depth, *plane) = source.shape[1:], target.shape[1:]
-    index, weights, steps = _neighbours(matrix[None, 1:, 1:], plane_in, plane, slice(0, plane[0]), None, mode)
+    index, weights, steps = _neighbours(matrix[None, 1:, 1:], plane_in, plane, slice(0, plane[0]), None, mode, scratch)
     height = (matrix[0, 0] * torch.arange(depth) + matrix[0, 3]).clamp_(0, depth_in - 1)
     lower = height.round() if mode == "nearest" else height.floor().clamp_(max=max(depth_in - 2, 0))
     share = height - lower
@@ -158,14 +186,17 @@ def _resample_slices(source: Tensor, matrix: Tensor, target: Tensor, mode: str) 
     for channel, first in itertools.product(range(len(source)), range(0, depth, together)):
         some = slice(first, first + together)
         planes, result = lower[some].int(), target[channel, some]
-        slices = source[channel].index_select(0, planes)
+        shape = (len(planes), *plane_in)
+        slices = torch.index_select(source[channel], 0, planes, out=scratch.take("slices", shape, source.dtype))
         if mixes:
-            slices.lerp_(source[channel].index_select(0, planes + 1), share[some, None, None].to(source.dtype))
-        _mix(slices.flatten(1), index, weights, steps, result.view(len(planes), -1))
+            above = scratch.take("slices above", shape, source.dtype)
+            torch.index_select(source[channel], 0, planes + 1, out=above)
+            slices.lerp_(above, share[some, None, None].to(source.dtype))
+        _mix(slices.flatten(1), index, weights, steps, result.view(len(planes), -1), scratch)
 
 
 def _resample_block(
-    source: Tensor, matrix: Tensor, target: Tensor, part: slice, offset: Tensor | None, mode: str
+    source: Tensor, matrix: Tensor, target: Tensor, part: slice, offset: Tensor | None, mode: str, scratch: _Scratch
 ) -> None:
     """Fill a range of the first axis of some samples.
 
@@ -176,14 +207,15 @@ def _resample_block(
         part: Range of the first spatial axis.
         offset: Of that range. Shape: (n, D, slab, *size[1:]), or None.
         mode: `bilinear` or `nearest`.
+        scratch: Memory to work in.
     """
-    index, weights, steps = _neighbours(matrix, source.shape[2:], target.shape[2:], part, offset, mode)
+    index, weights, steps = _neighbours(matrix, source.shape[2:], target.shape[2:], part, offset, mode, scratch)
     for channel in range(source.shape[1]):
         values = source[:, channel].reshape(-1)
         if len(source) == 1:
-            _mix(values, index, weights, steps, target[0, channel, part].view(-1))
+            _mix(values, index, weights, steps, target[0, channel, part].view(-1), scratch)
         else:
-            mixed = _mix(values, index, weights, steps, target.new_empty(len(index)))
+            mixed = _mix(values, index, weights, steps, scratch.take("mixed", index.shape, source.dtype), scratch)
             target[:, channel, part] = mixed.view(len(source), -1, *target.shape[3:])
 
 
@@ -194,6 +226,7 @@ def _neighbours(
     part: slice,
     offset: Tensor | None,
     mode: str,
+    scratch: _Scratch,
 ) -> tuple[Tensor, list[Tensor], list[int]]:
     """Return which voxels are mixed, and how.
 
@@ -204,11 +237,12 @@ def _neighbours(
     voxels = math.prod(size_in)
     exact = len(matrix) * voxels < EXACT_IN_FLOAT32
     shape = (len(matrix), part.stop - part.start, *size[1:])
-    dtype = torch.float32 if exact else torch.int64
-    lower = torch.arange(len(matrix), dtype=dtype).mul_(voxels).reshape(-1, *([1] * len(size)))
+    sums = scratch.take("sums", shape, torch.float32 if exact else torch.int64)
+    lower = torch.arange(len(matrix), dtype=sums.dtype).mul_(voxels).reshape(-1, *([1] * len(size)))
+    memory = [scratch.take(f"position {axis}", shape) for axis in range(len(size))]
     weights: list[Tensor] = []
     steps: list[int] = []
-    for axis, position in enumerate(positions(matrix, size, part)):
+    for axis, position in enumerate(positions(matrix, size, part, out=memory)):
         if size_in[axis] == 1:
             continue
         if offset is not None:
@@ -218,15 +252,18 @@ def _neighbours(
         if mode == "nearest":
             voxel = position.round_()
         else:
-            voxel = position.floor().clamp_(max=edge - 2)
+            voxel = torch.floor(position, out=scratch.take("voxel", shape)).clamp_(max=edge - 2)
             weights.append(position.sub_(voxel).reshape(-1))
             steps.append(stride)
-        lower = voxel.to(dtype).mul_(stride).add_(lower)
-    index = lower.expand(shape).reshape(-1)
-    return index.int() if exact else index, weights, steps
+        lower = torch.add(lower, voxel.to(sums.dtype), alpha=stride, out=sums)
+    index = lower.expand(shape)
+    index = scratch.take("index", shape, torch.int32).copy_(index) if exact else index
+    return index.reshape(-1), weights, steps
 
 
-def _mix(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequence[int], out: Tensor) -> Tensor:
+def _mix(
+    values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequence[int], out: Tensor, scratch: _Scratch
+) -> Tensor:
     """Write the linear mixture of the neighbours of each index along each of the axes to `out`, and return it.
 
     Args:
@@ -235,6 +272,7 @@ def _mix(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequen
         weights: Of each axis. Shape: (n,).
         steps: Of each axis.
         out: Shape: (n,) or (K, n), contiguous.
+        scratch: Memory to work in.
     """
     if not weights:
         # Rows at once are fast for float32 only (torch 2.15).
@@ -243,8 +281,9 @@ def _mix(values: Tensor, index: Tensor, weights: Sequence[Tensor], steps: Sequen
         for row, target in zip(values, out, strict=True):
             torch.index_select(row, 0, index, out=target)
         return out
-    below = _mix(values, index, weights[1:], steps[1:], out)
-    above = _mix(values[..., steps[0] :], index, weights[1:], steps[1:], torch.empty_like(out))
+    below = _mix(values, index, weights[1:], steps[1:], out, scratch)
+    above = scratch.take(f"above {len(weights)}", out.shape, out.dtype)
+    _mix(values[..., steps[0] :], index, weights[1:], steps[1:], above, scratch)
     return torch.lerp(below, above, weights[0].to(out.dtype), out=out)
 
 

@@ -186,7 +186,11 @@ def evaluate_quality(
 
 
 def figures_of_views(views: Floats) -> dict[str, float]:
-    """Return `lidar` and `alignment` of features of several views. Shape: (N, q, D)."""
+    """Return `lidar` and `alignment` of features of several views. Shape: (N, q, D).
+
+    Before LiDAR the features are divided by the root mean square of their centred values: its constant of 1e-4 is meant
+    for features that vary by about 1, and pooled ones vary far less.
+    """
     tensor = torch.from_numpy(np.ascontiguousarray(views))
     if not bool(torch.isfinite(tensor).all()):
         return {"lidar": math.nan, "alignment": math.nan}
@@ -195,7 +199,8 @@ def figures_of_views(views: Floats) -> dict[str, float]:
         for first in range(tensor.shape[1])
         for second in range(first)
     ]
-    return {"lidar": float(quality.lidar(tensor)), "alignment": float(torch.stack(pairs).mean())}
+    spread = (tensor - tensor.mean(dim=(0, 1))).square().mean().sqrt().clamp(min=1e-30)
+    return {"lidar": float(quality.lidar(tensor / spread)), "alignment": float(torch.stack(pairs).mean())}
 
 
 class _Seen:

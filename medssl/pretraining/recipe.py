@@ -28,8 +28,6 @@ _EDGES = {
     "plain-unet-s": {2: 128, 3: 64},
 }
 DEFAULT_METHOD = "mae"
-#: Compiling a network takes minutes.
-STEPS_THAT_PAY_FOR_COMPILING = 20_000
 #: Name of the copy of the user's own policy file in a RUN.
 POLICY = "policy.yaml"
 
@@ -141,10 +139,9 @@ def settle(values: Mapping[str, Any], store: Store, machine: Machine, where: str
     choose("precision", "bf16" if machine.cuda else "float32")
     if given.precision == "auto":
         chosen["precision"] = "bf16" if machine.cuda else "float32"
-    compiled = choose("compile", machine.cuda and steps >= STEPS_THAT_PAY_FOR_COMPILING)
     if given.memory_format == "auto":
         # A compiled norm keeps the order of its input; nnU-Net's norms as they are turn it round and back.
-        chosen["memory_format"] = "channels_last" if machine.cuda and compiled else "contiguous"
+        chosen["memory_format"] = "channels_last" if machine.cuda and given.compile else "contiguous"
     choose("log_every", max(1, min(50, steps // 100)))
     log_every = chosen.get("log_every", given.log_every)
     choose("health_every", log_every * 5)

@@ -63,9 +63,9 @@ def figures(features: Tensor) -> dict[str, float]:
 
     Returns:
         `samples`, `dimensions`, `not_finite` (share of rows), and over the finite rows `duplicates` (share of rows that
-        nearly equal another), `rankme`, `centred_rank`, `first_direction` (share of the variance), `alpha`, `alpha_fit` (R squared),
-        `uniformity`, `cosine` (mean over pairs), `norm`, `norm_spread`, `norm_largest` (in medians), `deviation` and
-        `idle_dimensions`. NaN where a figure is not defined.
+        nearly equal another), `rankme`, `centred_rank`, `first_direction` (share of the variance), `alpha`,
+        `alpha_fit` (R squared), `uniformity`, `cosine` (mean over pairs), `norm`, `norm_spread`, `norm_largest` (in
+        medians), `deviation` and `idle_dimensions`. NaN where a figure is not defined.
     """
     finite = torch.isfinite(features).all(dim=1)
     rows = features[finite].float()

@@ -33,8 +33,8 @@ class TrainingSettings(Settings):
             of a voxel side by side. `auto` takes `contiguous`, and `channels_last` where a network is compiled on CUDA:
             not compiled, the instance norms of nnU-Net's networks turn their input round and back. Checkpoints are
             contiguous always.
-        compile: Compile the forward of the network when it is first called, which takes minutes; by default in long
-            pretraining on CUDA. Where it fails, the run goes on without it and says so.
+        compile: Compile the forward of the network when it is first called, which takes minutes and is meant for long
+            runs on CUDA. Where it fails, the run goes on without it and says so.
         devices: GPUs, or processes on a CPU, that train together.
         workers: Processes that read crops; None takes what the machine has to spare.
         guards: When a run is stopped.

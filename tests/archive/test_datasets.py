@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from medssl.archive.dataset_files import compiled, layouts_of
 from medssl.archive.datasets import ASK, Manifest, manifest, manifest_folder, manifests, read_file
 from medssl.errors import DataError, UsageError
@@ -112,7 +113,9 @@ def test_a_manifest_that_does_not_fit_is_named(tmp_path: Path, old: str, new: st
 
 def test_sets_of_a_file_share_what_stands_above_them(tmp_path: Path) -> None:
     shared = SAMPLE.replace("name: sample\n", "").replace("title: A sample\n", "")
-    one, two = read_file(written(tmp_path, shared + "sets:\n  one: {title: One}\n  two: {title: Two, modality: [MR]}\n"))
+    one, two = read_file(
+        written(tmp_path, shared + "sets:\n  one: {title: One}\n  two: {title: Two, modality: [MR]}\n")
+    )
     assert (one.name, two.name, one.modality, two.modality) == ("one", "two", ("CT",), ("MR",))
 
 
@@ -122,7 +125,7 @@ def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_near_ones() -> None:
-    with pytest.raises(UsageError, match="Did you mean .*left_atrium_2018"):
+    with pytest.raises(UsageError, match=r"Did you mean .*left_atrium_2018"):
         manifest("left_atrium_2019")
 
 

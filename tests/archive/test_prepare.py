@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
+
 from medssl.archive import prepare as module
 from medssl.archive.datasets import Manifest, manifest
 from medssl.archive.load import open_index
@@ -20,8 +21,6 @@ from medssl.archive.prepare import Prepared, prepare_dataset
 from medssl.cli import main
 from medssl.errors import DataError, UsageError
 from medssl.transfer.raw import read_dataset
-from PIL import Image
-
 from tests.archive import dataset_trees as trees
 from tests.archive.archive_files import write_series
 
@@ -121,14 +120,20 @@ def test_what_needs_no_change_is_copied_byte_by_byte(tmp_path: Path) -> None:
         ("labelsTr/hippocampus_001.nii.gz", "labelsTr/hippocampus_001.nii.gz"),
     ):
         assert (source / old).read_bytes() == (tmp_path / "out" / new).read_bytes()
-        assert not os.path.samefile(source / old, tmp_path / "out" / new)
+        assert not (source / old).samefile(tmp_path / "out" / new)
+
+
+def test_the_twins_that_a_mac_packs_are_not_looked_at(tmp_path: Path) -> None:
+    trees.TREES["msd_task04_hippocampus"](tmp_path / "source")
+    assert (tmp_path / "source" / "Task04_Hippocampus" / "imagesTr" / "._hippocampus_001.nii.gz").is_file()
+    assert run("msd_task04_hippocampus", tmp_path / "source", tmp_path / "out").others == 0
 
 
 def test_hardlink_shares_the_file(tmp_path: Path) -> None:
     trees.TREES["msd_task04_hippocampus"](tmp_path / "source")
     run("msd_task04_hippocampus", tmp_path / "source", tmp_path / "out", files="hardlink")
     source = tmp_path / "source" / "Task04_Hippocampus" / "labelsTr" / "hippocampus_001.nii.gz"
-    assert os.path.samefile(source, tmp_path / "out" / "labelsTr" / "hippocampus_001.nii.gz")
+    assert source.samefile(tmp_path / "out" / "labelsTr" / "hippocampus_001.nii.gz")
 
 
 def test_four_channels_in_one_file_become_four_files(tmp_path: Path) -> None:
@@ -185,6 +190,15 @@ def test_outlines_are_filled_also_where_the_edge_cuts_them(tmp_path: Path) -> No
         assert (written != expected).sum() <= 0.02 * expected.sum()
     patients = {row["case"]: row["patient"] for row in table(tmp_path / "out" / "cases.csv")}
     assert patients == {"010": "010", "010_2": "010", "test_010": "test_010"}
+
+
+def test_an_outline_that_is_no_ellipse_is_named(tmp_path: Path) -> None:
+    trees.hc18(tmp_path / "source")
+    square = np.zeros((54, 80), np.uint8)
+    square[[10, 40], 5:75] = square[10:41, [5, 74]] = 255
+    trees.picture(tmp_path / "source" / "training_set" / "010_HC_Annotation.png", square)
+    result = run("hc18", tmp_path / "source", tmp_path / "out")
+    assert "an outline that is no ellipse" in str(result) and result.written == 2
 
 
 def test_several_masks_of_a_picture_are_united_and_classes_are_listed(tmp_path: Path) -> None:

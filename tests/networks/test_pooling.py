@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from medssl.errors import UsageError
-from medssl.networks.build import build_network
+from medssl.networks.architecture import architecture
+from medssl.networks.build import build_from_architecture, build_network
 from medssl.networks.classifier import Classifier, Head, OrdinalHead
 from medssl.networks.encoder import Encoder
 from medssl.networks.pooling import chosen_stages, pooled_stages, pooled_width
@@ -119,8 +122,9 @@ def test_more_stages_than_there_are_cannot_be_trained(network: nn.Module) -> Non
 
 
 def test_a_frozen_encoder_stays_in_evaluation() -> None:
-    network = build_network("resenc-xs", dimensions=2, seed=0)
-    network.encoder.stages[0].add_module("norm", nn.BatchNorm2d(16))
+    plan = architecture("resenc-xs", 2)
+    with_batch_norm = {**plan.arch_kwargs, "norm_op": "torch.nn.modules.batchnorm.BatchNorm2d"}
+    network = build_from_architecture(dataclasses.replace(plan, arch_kwargs=with_batch_norm), 1, 1, seed=0)
     classifier = Classifier(network, 2, "multiclass")
     classifier.freeze(0)
     classifier.train()

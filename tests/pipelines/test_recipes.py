@@ -11,7 +11,8 @@ from medssl.config import check_settings, read_yaml
 from medssl.pretraining.recipe import recipe_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines"
-RECIPES = sorted(FOLDER.glob("*.yaml"))
+PROTOCOLS = sorted(FOLDER.glob("protocol_*.yaml"))
+RECIPES = sorted({*FOLDER.glob("*.yaml")} - {*PROTOCOLS})
 
 
 def commands(path):
@@ -46,7 +47,7 @@ def test_a_recipe_opens_with_the_commands_that_run_it(path):
     assert pretrain[pretrain.index("--store") + 1] in made, "the store is made by a command above"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *PROTOCOLS], ids=lambda path: path.stem)
 def test_every_command_of_a_header_is_one_the_tool_knows(path):
     from typer.main import get_command
 
@@ -57,6 +58,23 @@ def test_every_command_of_a_header_is_one_the_tool_knows(path):
         while hasattr(command, "commands"):
             command, rest = command.commands[rest[0]], rest[1:]
         command.make_context(words[1], rest)
+
+
+@pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
+def test_a_protocol_names_what_is_there_and_trains_as_its_task_can(path):
+    from medssl.protocol.classification import ClassificationTraining
+    from medssl.protocol.recipe import read_recipe
+    from medssl.protocol.segmentation import SegmentationTraining
+
+    data = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip(f"the data sets are not at {data}")
+    recipe = read_recipe(path)
+    for name, dataset in recipe.datasets.items():
+        model = SegmentationTraining if dataset.task == "segmentation" else ClassificationTraining
+        check_settings(model, recipe.training_of(name), name)
+    (words,) = commands(path)
+    assert f"pipelines/{path.name}" in words
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

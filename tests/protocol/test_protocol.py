@@ -140,7 +140,9 @@ def test_differences_are_paired_by_case_and_corrected_for_all_comparisons(tmp_pa
         ("pretrained", "strong"), ("encoder", "strong"),
     }  # fmt: skip
     assert len(results.differences) == 10
-    found = next(row for row in results.differences if (row.arm, row.control, row.labels) == ("pretrained", "scratch", 8))
+    found = next(
+        row for row in results.differences if (row.arm, row.control, row.labels) == ("pretrained", "scratch", 8)
+    )
     by_seed = []
     for seed in (0, 1, 2):
         ours, theirs = (
@@ -200,7 +202,7 @@ def test_a_signal_is_no_failure_of_a_run(tmp_path: Path) -> None:
 
 
 def test_arms_of_different_plans_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="pretrained and scratch have different plans"):
+    with pytest.raises(DataError, match="encoder and scratch have different plans"):
         run(tmp_path, FakeTrainer(plan=lambda job: "other" if job.arm == "scratch" else "one"))
 
 
@@ -208,7 +210,7 @@ def test_a_run_that_did_not_measure_every_case_is_refused(tmp_path: Path) -> Non
     class Lazy(FakeTrainer):
         def __call__(self, job: Any) -> Any:
             result = super().__call__(job)
-            rest = {case: 1.0 for case in job.validation[1:]}
+            rest = dict.fromkeys(job.validation[1:], 1.0)
             return type(result)(result.selection, CaseValues({"dice": rest}), result.plan)
 
     with pytest.raises(DataError, match="was not measured"):
@@ -259,5 +261,5 @@ def test_models_are_removed_where_only_scores_are_kept(tmp_path: Path) -> None:
 def test_the_page_loads_nothing_and_names_no_folder(tmp_path: Path) -> None:
     run(tmp_path, FakeTrainer())
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "http" not in page and str(tmp_path) not in page and "<svg" in page
+    assert "http:" not in page and "https:" not in page and str(tmp_path) not in page and "<svg" in page
     assert "pretrained - scratch" in page
