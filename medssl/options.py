@@ -66,7 +66,8 @@ Method: TypeAlias = Annotated[str | None, _option("See `medssl list methods`; de
 Recipe: TypeAlias = Annotated[Path | None, _option("YAML file of settings.")]
 Overrides: TypeAlias = Annotated[list[str] | None, _option("One setting, a.b=c; may be repeated.", "--set")]
 ProtocolRecipe: TypeAlias = Annotated[
-    Path | None, _option("YAML file: data sets, arms, labels, seeds, rates. With --resume by default that of --out.", "--recipe")
+    Path | None,
+    _option("YAML file: data sets, arms, labels, seeds, rates. With --resume by default that of --out.", "--recipe"),
 ]
 Seconds: TypeAlias = Annotated[float, typer.Option(help="About how long to measure.")]
 RecipeSteps: TypeAlias = Annotated[int | None, _option("Steps of the optimiser.", min=1)]

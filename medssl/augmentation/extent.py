@@ -9,7 +9,8 @@ from functools import lru_cache
 import torch
 
 from medssl.augmentation.geometry import is_resampled, view_to_crop
-from medssl.augmentation.spatial import Spatial, SpatialSettings
+from medssl.augmentation.spatial import Spatial
+from medssl.augmentation.spatial_settings import SpatialSettings
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 

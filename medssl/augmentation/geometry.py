@@ -24,6 +24,8 @@ def rotation_matrices(angle_degrees: Tensor) -> Tensor:
     A positive angle about an axis turns the two others into each other in their order (z, y), (z, x), (y, x).
     """
     result = torch.eye(3, dtype=torch.float64).repeat(len(angle_degrees), 1, 1)
+    if not bool(angle_degrees.any()):
+        return result
     for axis, (a, b) in enumerate(PLANES):
         angle = torch.deg2rad(angle_degrees[:, axis].double())
         turn = torch.eye(3, dtype=torch.float64).repeat(len(angle_degrees), 1, 1)
@@ -112,7 +114,9 @@ def wholly_inside(matrix: Tensor, valid: Tensor, patch: Sequence[int]) -> Tensor
 
 
 def box_mask(box: Tensor, patch: Sequence[int], device: torch.device) -> Tensor:
-    """Return True inside each box. Shape of the box: (B, 3, 2); of the result: (B, 1, Z, Y, X), bool."""
+    """Return True inside each box. Shape of the box: (B, 3, 2), on the CPU; of the result: (B, 1, Z, Y, X), bool."""
+    if bool((box == torch.tensor([[0, edge] for edge in patch])).all()):
+        return torch.ones((len(box), 1, *patch), dtype=torch.bool, device=device)
     box = to_device(box, device)
     along = []
     for axis, edge in enumerate(patch):

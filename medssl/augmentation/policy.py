@@ -19,7 +19,8 @@ from medssl.augmentation.interop import Library
 from medssl.augmentation.libraries import LibrarySettings
 from medssl.augmentation.mirror import Laterality, allowed_axes, swap_classes, swap_table
 from medssl.augmentation.pairs import pair_shifts
-from medssl.augmentation.spatial import Spatial, SpatialSettings
+from medssl.augmentation.spatial import Spatial
+from medssl.augmentation.spatial_settings import SpatialSettings
 from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings
 from medssl.config import Settings, check_settings, merged, read_yaml
 from medssl.data.batch import Batch, View, Views

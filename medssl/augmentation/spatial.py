@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from medssl.augmentation.elastic import control_shape, displacement_mm, largest_shift_mm
@@ -25,10 +24,16 @@ from medssl.augmentation.geometry import (
     view_to_crop,
     wholly_inside,
 )
-from medssl.augmentation.mirror import AXES, Axis
+from medssl.augmentation.mirror import AXES
 from medssl.augmentation.resampling import resample
-from medssl.augmentation.transform import Facts, Parameters, TransformSettings, broadcast, ranges_are_ordered, to_device
-from medssl.config import Settings
+from medssl.augmentation.spatial_settings import SpatialSettings
+from medssl.augmentation.transform import (
+    MOST_COLUMNS,
+    Facts,
+    Parameters,
+    broadcast,
+    to_device,
+)
 from medssl.data.batch import Batch
 from medssl.data.draw import Draw
 from medssl.data.sampling import margin_before
@@ -37,97 +42,6 @@ from medssl.data.sampling import margin_before
 ANISOTROPIC = 3.0
 # Largest ratio of two voxel sizes that a quarter turn may exchange.
 SAME_SPACING = 1.01
-
-
-class Rotation(TransformSettings):
-    """Turns about the axes.
-
-    Args:
-        degrees: Largest angle about each axis.
-        in_plane_degrees: Largest angle in 2D and for anisotropic patches, which turn in the plane only.
-    """
-
-    degrees: float = Field(default=30.0, ge=0, le=180)
-    in_plane_degrees: float = Field(default=30.0, ge=0, le=180)
-
-
-class Scale(TransformSettings):
-    """Zoom. A factor of 1.4 shows 1.4 times as much anatomy, smaller (nnU-Net's sense); all axes share it."""
-
-    range: tuple[float, float] = (0.7, 1.4)
-
-    _ordered = field_validator("range")(ranges_are_ordered)
-
-    @field_validator("range")
-    @classmethod
-    def _positive(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] <= 0:
-            raise ValueError(f"a scale is positive, got {value}")
-        return value
-
-
-class Elastic(TransformSettings):
-    """Smooth deformation.
-
-    Args:
-        cells: Cells of the control grid across the patch.
-        strength: Part of the largest displacement that cannot fold.
-    """
-
-    cells: int = Field(default=4, ge=1, le=32)
-    strength: tuple[float, float] = (0.2, 0.8)
-
-    _ordered = field_validator("strength")(ranges_are_ordered)
-
-    @field_validator("strength")
-    @classmethod
-    def _at_most_all(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] < 0 or value[1] > 1:
-            raise ValueError(f"strength is a part of the fold-free maximum, in [0, 1]; got {value}")
-        return value
-
-
-class Mirror(TransformSettings):
-    """Mirroring; each axis is drawn on its own.
-
-    Args:
-        axes: Which axes may be mirrored, before the laterality policy has its say.
-    """
-
-    probability: float = Field(default=0.5, ge=0, le=1)
-    axes: tuple[Axis, ...] = AXES
-
-
-class Rot90(TransformSettings):
-    """Quarter turns, exact. A sample is turned once, twice or three times in one plane, drawn among those whose two
-    edges and voxel sizes are equal; if there is none, it is not turned.
-
-    Args:
-        axes: Axes across which the plane of the turn may lie.
-    """
-
-    axes: tuple[Axis, ...] = AXES
-
-
-class SpatialSettings(Settings):
-    """Everything that moves anatomy.
-
-    Args:
-        rotation: Turns.
-        scale: Zoom.
-        elastic: Smooth deformation.
-        mirror: Mirroring.
-        rot90: Quarter turns.
-        shift: How far the patch is moved at most along each axis, in patch sizes; whole voxels. Two views of one crop
-            lie up to twice as far apart.
-    """
-
-    rotation: Rotation = Rotation()
-    scale: Scale = Scale()
-    elastic: Elastic = Elastic()
-    mirror: Mirror = Mirror(probability=0.0)
-    rot90: Rot90 = Rot90()
-    shift: float = Field(default=0.0, ge=0, le=1)
 
 
 @dataclass
@@ -163,6 +77,7 @@ class Spatial:
         self.patch_size = patch_size
         self.label_mode = label_mode
         self.classes = classes
+        self._kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
 
     def draw(self, facts: Facts, rng: Draw) -> Parameters:
         """Draw the spatial parameters of each sample.
@@ -172,41 +87,28 @@ class Spatial:
             `elastic_strength` (B,); where any modality may have them, `elastic_control` (B, 3, ...) in [-1, 1] and
             `quarter_turns` (B, 3) in the planes across (z, y, x).
         """
-        chosen = [self.by_modality[modality] for modality in facts.modality]
         edges = torch.tensor(self._patch)
         flat = self._in_plane_only(facts)
-
-        def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32)
-
-        turns = rng.child("rotation").uniform(0, 1) < column([s.rotation.probability for s in chosen])
-        degrees = column([s.rotation.degrees for s in chosen])
-        in_plane = column([s.rotation.in_plane_degrees for s in chosen])
-        largest = torch.where(flat, in_plane, degrees)[:, None] * torch.where(
-            flat[:, None], torch.tensor([1.0, 0, 0]), 1.0
+        known = self._columns(facts.modality)
+        # One call for all: each costs more than the numbers it makes.
+        turning, angles, zooming, zoom, flipping, shifting, bending, bend = rng.uniform(0, 1, (14,)).split(
+            [1, 3, 1, 1, 3, 3, 1, 1], dim=1
         )
-        angle = largest * turns[:, None] * rng.child("angle").uniform(-1, 1, (3,))
+        largest = torch.where(flat[:, None], known["in_plane_degrees"], known["degrees"])
+        largest = largest * torch.where(flat[:, None], torch.tensor([1.0, 0, 0]), 1.0)
+        angle = largest * (turning < known["rotation"]) * (2 * angles - 1)
 
-        zooms = rng.child("scaling").uniform(0, 1) < column([s.scale.probability for s in chosen])
-        low, high = column([s.scale.range[0] for s in chosen]), column([s.scale.range[1] for s in chosen])
-        factor = torch.where(zooms, low + (high - low) * rng.child("scale").uniform(0, 1), 1.0)
-        scale = factor[:, None].repeat(1, 3)
+        scale = torch.where(zooming < known["scale"], torch.lerp(known["smallest"], known["largest"], zoom), 1.0)
+        scale = scale.repeat(1, 3)
         scale[flat, 0] = 1.0
 
-        flips = rng.child("mirror").uniform(0, 1, (3,)) < column([s.mirror.probability for s in chosen])[:, None]
-        may = torch.tensor([[axis in s.mirror.axes for axis in AXES] for s in chosen])
-        may &= edges > 1
-
         reach = self.reach(facts)
-        shift = torch.floor(rng.child("shift").uniform(0, 1, (3,)) * (2 * reach + 1)) - reach
-
-        bends = rng.child("elastic").uniform(0, 1) < column([s.elastic.probability for s in chosen])
-        weak, strong = (column([s.elastic.strength[end] for s in chosen]) for end in (0, 1))
-        strength = torch.where(bends, weak + (strong - weak) * rng.child("strength").uniform(0, 1), 0.0)
+        shift = torch.floor(shifting * (2 * reach + 1)) - reach
+        strength = torch.where(bending < known["elastic"], torch.lerp(known["weak"], known["strong"], bend), 0.0)[:, 0]
         parameters = {
             "angle_degrees": angle,
             "scale": scale,
-            "mirror": flips & may,
+            "mirror": (flipping < known["mirror"]) & (edges > 1),
             "shift": shift.long(),
             "elastic_strength": strength,
         }
@@ -290,6 +192,30 @@ class Spatial:
         edges = torch.tensor(self._patch)
         part = torch.tensor([self.by_modality[modality].shift for modality in facts.modality])
         return torch.floor(part[:, None] * edges * (edges > 1))
+
+    def _columns(self, modality: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return the settings of each sample as columns; kept, as batches of one make-up follow each other.
+
+        Shapes: (B, 1), and (B, 3) for `mirror`, whose probability is 0 along axes that may not be mirrored.
+        """
+        if modality not in self._kept:
+            if len(self._kept) > MOST_COLUMNS:
+                self._kept.clear()
+            chosen = [self.by_modality[name] for name in modality]
+            rows = {
+                "rotation": [[s.rotation.probability] for s in chosen],
+                "degrees": [[s.rotation.degrees] for s in chosen],
+                "in_plane_degrees": [[s.rotation.in_plane_degrees] for s in chosen],
+                "scale": [[s.scale.probability] for s in chosen],
+                "smallest": [[s.scale.range[0]] for s in chosen],
+                "largest": [[s.scale.range[1]] for s in chosen],
+                "mirror": [[s.mirror.probability * (axis in s.mirror.axes) for axis in AXES] for s in chosen],
+                "elastic": [[s.elastic.probability] for s in chosen],
+                "weak": [[s.elastic.strength[0]] for s in chosen],
+                "strong": [[s.elastic.strength[1]] for s in chosen],
+            }
+            self._kept[modality] = {name: torch.tensor(values, dtype=torch.float32) for name, values in rows.items()}
+        return self._kept[modality]
 
     @property
     def _patch(self) -> tuple[int, int, int]:

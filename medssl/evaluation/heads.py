@@ -266,6 +266,11 @@ def _choose(
 ) -> Chosen:
     pairs = [(train, select)] if select is not None else _folds(train, kind, seed)
     scores: dict[float, float] = {}
+    if not pairs:
+        # With one case of each class, none is left to choose by.
+        middle = settings[len(settings) // 2]
+        logger.info("Too few training cases to choose the probe's setting: %g is taken.", middle)
+        return Chosen(fit(train, middle), middle, {})
     for setting in settings:
         # Out-of-fold answers are scored together: a fold may lack a class.
         answers = [fit(learn, setting)(judge.features) for learn, judge in pairs]
@@ -281,14 +286,11 @@ def _choose(
 def _folds(train: Cases, kind: Kind, seed: int) -> list[tuple[Cases, Cases]]:
     """Return five parts of the training patients, each once to judge, as alike in classes as whole patients allow.
 
-    Raises:
-        DataError: If there are too few patients for two parts with two classes each to learn from.
+    Parts that leave less than two classes to learn from are left out.
     """
     patients = train.patients or tuple(map(str, range(len(train.targets))))
     units = sorted(set(patients))
     count = min(FOLDS, len(units))
-    if count < 2:
-        raise DataError("All training cases of the probe are of one patient: no other can choose its setting.")
     first = {patient: patients.index(patient) for patient in units}
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(units))
@@ -300,9 +302,7 @@ def _folds(train: Cases, kind: Kind, seed: int) -> list[tuple[Cases, Cases]]:
     ]
     if kind != "multilabel":
         pairs = [pair for pair in pairs if len(np.unique(pair[0].targets)) > 1]
-    if not pairs:
-        raise DataError("Too few training cases to choose the probe's setting: label at least two of each class.")
-    return pairs
+    return [pair for pair in pairs if len(pair[0].targets)]
 
 
 def _valid(probabilities: Floats, kind: Kind) -> Floats:

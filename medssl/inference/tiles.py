@@ -31,7 +31,7 @@ class Tile:
     inside: float
 
 
-def tile_volume(shape: Sequence[int], size: Triple, most: int) -> list[Tile]:
+def tile_volume(shape: Sequence[int], size: Triple, most: int, margin: float = MARGIN) -> list[Tile]:
     """Return boxes that cover a volume with the least overlap; of more than `most`, so many evenly spaced ones.
 
     Along an axis that is shorter than the box, one box lies centred over it and the rest is padding. Where boxes side
@@ -41,8 +41,9 @@ def tile_volume(shape: Sequence[int], size: Triple, most: int) -> list[Tile]:
         shape: Of the volume (z, y, x).
         size: Of the boxes.
         most: Number of boxes that are kept at most, at least 1.
+        margin: That fifth, or 0 to cover every voxel.
     """
-    starts = [_starts(edge, box) for edge, box in zip(shape, size, strict=True)]
+    starts = [_starts(edge, box, margin) for edge, box in zip(shape, size, strict=True)]
     places: list[Triple] = [(z, y, x) for z, y, x in itertools.product(*starts)]
     if len(places) > most:
         # The middle of each of `most` equal stretches of the list.
@@ -78,9 +79,9 @@ def read_tile(read: Reader, tile: Tile, shape: Sequence[int], channels: int, bac
     return filled
 
 
-def _starts(edge: int, box: int) -> list[int]:
+def _starts(edge: int, box: int, margin: float) -> list[int]:
     # Without the allowance a volume a voxel larger than the box along each axis would need eight almost equal boxes.
-    count = max(math.ceil(edge / box - MARGIN), 1)
+    count = max(math.ceil(edge / box - margin), 1)
     if count * box >= edge and count > 1:
         return [round(number * (edge - box) / (count - 1)) for number in range(count)]
     return [(edge - count * box) // 2 + number * box for number in range(count)]

@@ -94,6 +94,11 @@ class Store:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def with_splits(self, splits: Mapping[str, str]) -> Store:
+        """Return the same store with other splits of some volumes, for one that names none; nothing is written."""
+        rows = [{**row, "split": splits.get(row["id"], row["split"])} for row in self._facts.values()]
+        return type(self)(self.folder, {**self.info, "volumes": rows})
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open_arrays": OrderedDict(), "_entries": OrderedDict()}
 

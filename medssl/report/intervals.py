@@ -76,5 +76,5 @@ def _drawn(label: str, places: Sequence[str], curves: Mapping[str, Mapping[str, 
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel("labelled cases")
     axes.set_ylabel(label)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
     return figure

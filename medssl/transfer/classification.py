@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +32,6 @@ from medssl.transfer.image_batches import ImageLoader, ImageOrder, ImageSet
 from medssl.transfer.image_fit import check_fit
 from medssl.transfer.images import ImageOptions
 from medssl.transfer.source import Source, load_source
-
-logger = logging.getLogger(__name__)
 
 
 def finetune_classification(
@@ -122,11 +120,10 @@ def finetune_classification(
     chosen = _settings(settings, laterality, overrides)
     check_fit(fit)
     template = _template(checkpoint, plans_from, network)
-    targets = read_targets(
+    whole = read_targets(
         dataset, labels=labels, kind=kind, classes=classes, folds=folds, fold=fold, ignore_unlabelled=ignore_unlabelled
     )
-    if labelled is not None:
-        targets = draw_labelled(targets, labelled, chosen.seed)
+    targets = whole if labelled is None else draw_labelled(whole, labelled, chosen.seed)
     weights = class_weights(targets, chosen)
     machine = find_machine(device)
     options = ImageOptions(
@@ -156,8 +153,9 @@ def finetune_classification(
             refuse_changes(yaml.safe_load((out / files.RECIPE).read_text()), recipe, str(out))
         files.claim(out, recipe)
         try:
+            # All images, whichever are labelled: runs with fewer labels share a cache and have the same patch.
             images = prepare_images(
-                targets, dataset, template, network, cache or out / "images", patch, fit, chosen, options
+                whole, dataset, template, network, cache or out / "images", patch, fit, chosen, options
             )
         except MedsslError:
             if not resume:
@@ -165,6 +163,7 @@ def finetune_classification(
             raise
         fabric = launch(machine, _precision(chosen, machine.cuda), device)
         with own_random_state(chosen.seed, machine.cuda):
+            images = dataclasses.replace(images, targets=targets)
             run = _Run(out, recipe, images, None if checkpoint is None else template, network, chosen, weights)
             run.go(fabric, resume=resume, quiet=quiet)
     return out

@@ -159,7 +159,7 @@ class ImageLoader:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of the steps `start_step` and on, without end."""
-        step = 0
+        step = start_step
         while True:
             first = step * self.batch_size
             samples = range(first + self.rank, first + self.batch_size, self.world)

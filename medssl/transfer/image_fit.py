@@ -89,7 +89,8 @@ def fit_image(
     """
     shape = image.shape[1:]
     if how == "crop":
-        start = [max((size - edge) // 2, 0) for size, edge in zip(shape, window, strict=True)]
+        # Rounded up as in `place`: cut to the window and then to the patch, or to the patch at once, is the same.
+        start = [max(-((edge - size) // 2), 0) for size, edge in zip(shape, window, strict=True)]
         box = tuple(slice(low, low + min(size, edge)) for low, size, edge in zip(start, shape, window, strict=True))
         return np.ascontiguousarray(image[(slice(None), *box)]), _three(spacing_mm)
     if how == "stretch":

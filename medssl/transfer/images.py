@@ -216,6 +216,8 @@ def _of_npz(targets: Targets, path: Path, folder: Path, options: ImageOptions) -
     if options.spacing not in ("median", "native"):
         raise UsageError("Images of a .npz have no voxel size: leave --spacing away.")
     status = path.stat()
+    # Runs that share the folder may use other cases of the same file.
+    source_hash = _digest(f"{status.st_size}|{status.st_mtime_ns}", *(case.name for case in targets.cases))
     info = {
         "normalisation": options.normalisation,
         "spacing": {"mode": "native", "mm": None},
@@ -223,7 +225,7 @@ def _of_npz(targets: Targets, path: Path, folder: Path, options: ImageOptions) -
         "codec": "lossless",
         "fingerprint": {"intensities": {}},
         "modality": options.modality,
-        "provenance": {"source": "npz", "source_hash": _digest(f"{status.st_size}|{status.st_mtime_ns}"),
+        "provenance": {"source": "npz", "source_hash": source_hash,
                        "volumes_selected": len(targets.cases)},
     }  # fmt: skip
     out = folder / f"volumes-{_digest(json.dumps(info, sort_keys=True))}"

@@ -18,7 +18,8 @@ from medssl.augmentation.correspondence import (
     to_view_voxels,
     values_at,
 )
-from medssl.augmentation.spatial import Elastic, Mirror, Rot90, Rotation, Scale, Spatial, SpatialSettings
+from medssl.augmentation.spatial import Spatial
+from medssl.augmentation.spatial_settings import Elastic, Mirror, Rot90, Rotation, Scale, SpatialSettings
 from medssl.augmentation.transform import Facts
 from medssl.data.batch import View
 from medssl.data.draw import Draw

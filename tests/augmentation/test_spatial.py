@@ -11,7 +11,8 @@ import torch
 from scipy.ndimage import map_coordinates
 
 from medssl.augmentation.geometry import PLANES, quarter_turn_matrices, rotation_matrices
-from medssl.augmentation.spatial import Elastic, Mirror, Rot90, Rotation, Scale, Spatial, SpatialSettings
+from medssl.augmentation.spatial import Spatial
+from medssl.augmentation.spatial_settings import Elastic, Mirror, Rot90, Rotation, Scale, SpatialSettings
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 from tests.augmentation.batches import BACKGROUND, make_batch, row_of

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from medssl.archive.index import index
+from medssl.archive.load import open_index
 from medssl.data.probabilities import read_probabilities
 from medssl.errors import UsageError
 from medssl.inference.predict import predict
@@ -262,6 +264,35 @@ def test_an_image_that_cannot_be_predicted_costs_one_row(learned: Path, tmp_path
 def test_options_of_masks_do_not_fit_a_classifier(learned: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="this model is a classifier"):
         predict(learned, tmp_path, tmp_path / "out", step_size=0.3)
+
+
+def test_lower_precision_trains_too(npz: Path, cache: Path, tmp_path: Path) -> None:
+    run = finetune(npz, tmp_path / "run", cache=cache, overrides=["precision=bf16"])
+    assert all(bool(torch.isfinite(value).all()) for value in weights(run).values())
+
+
+def test_runs_with_other_labels_share_what_was_prepared(npz: Path, tmp_path: Path) -> None:
+    for seed, labelled in ((0, 4), (1, 6)):
+        finetune(npz, tmp_path / f"run{seed}", cache=tmp_path / "cache", labelled=labelled, seed=seed, steps=1)
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2
+
+
+def test_an_index_with_labels_is_trained_on(tmp_path: Path) -> None:
+    write_volumes(tmp_path / "data", count=16)
+    index([tmp_path / "data" / "scans"], tmp_path / "index", workers=1, quiet=True)
+    known = {name.split(".")[0]: volume for name, volume in paths_of(tmp_path / "index")}
+    labels = tmp_path / "by_id.csv"
+    lines = [f"{known[str(number)]},{number // 2 % 2}" for number in range(16)]
+    labels.write_text("\n".join(["volume_id,label", *lines]))
+    run = finetune(tmp_path / "index", tmp_path / "run", labels=labels, folds=2, steps=1)
+    cases = read_probabilities(run / "validation" / "probabilities.csv").cases
+    assert set(cases) < set(known.values()) and len(cases) == 8
+
+
+def paths_of(folder: Path) -> list[tuple[str, str]]:
+    """Name of the first file of each volume of an index, and the volume's id."""
+    rows = open_index(folder).rows().iter_rows(named=True)
+    return [(Path(row["relative_paths"][0]).name, row["volume_id"]) for row in rows]
 
 
 def test_folds_and_labelled_cases_are_taken_from_the_options(npz: Path, cache: Path, tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ def test_stretching_meets_the_patch_and_cropping_keeps_voxels() -> None:
     assert np.array_equal(cropped, image[:, :, 5:25]) and spacing == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("size", [20, 21, 33, 34, 41, 42])
+def test_cropping_to_the_window_and_then_to_the_patch_is_cropping_to_the_patch(size: int) -> None:
+    image = np.arange(size, dtype=np.float32).reshape(1, 1, 1, size)
+    once, _ = fit_image(image, (1, 1, 1), (1, 1, 24), (1, 1, 24), "crop")
+    first, _ = fit_image(image, (1, 1, 1), (1, 1, 24), (1, 1, 34), "crop")
+    assert np.array_equal(place(once, (1, 1, 24), -1)[0], place(first, (1, 1, 24), -1)[0])
+
+
 def test_shrinking_keeps_the_mean_and_does_not_alias() -> None:
     image = np.zeros((1, 1, 64, 64), np.float32)
     image[..., ::2] = 1
