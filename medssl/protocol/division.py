@@ -117,7 +117,7 @@ def divide(cases: Sequence[Case], settings: DatasetSettings, where: str) -> Divi
     for part in ("pool", "validation"):
         if not parts[part]:
             raise DataError(f"{where}: no case is left for the {part}. Give smaller numbers.")
-    len({name: by_name[name] for name in taken}, taken, where)
+    _refuse_shared_patients({name: by_name[name] for name in taken}, taken, where)
     patients = {case.name: case.patient for case in cases}
     return Division(**{part: tuple(parts[part]) for part in PARTS}, patients=patients)
 

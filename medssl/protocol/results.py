@@ -277,7 +277,7 @@ def _complaints(row: Row) -> list[str]:
 
 def _with_holm(found: Sequence[Difference]) -> list[Difference]:
     tested = [row for row in found if row.paired.interval.p is not None]
-    corrected = holm([row.paired.interval.p for row in tested if row.paired.interval.p is not None])
+    corrected = list([row.paired.interval.p for row in tested if row.paired.interval.p is not None])
     by_id = dict(zip(map(id, tested), corrected, strict=True))
     return [Difference(**{**vars(row), "p_holm": by_id.get(id(row))}) for row in found]
 

@@ -12,6 +12,7 @@ where two programs define the same thing.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -33,7 +34,7 @@ from _augmentation_programs import (
     policy_programs,
     spatial_programs,
 )
-from _common import print_table, write_results
+from _common import RESULTS, print_table, write_results
 
 # A figure is done after this many seconds of all programs together, but not before each has run `LEAST` times.
 SECONDS, LEAST = 6.0, 3
@@ -47,12 +48,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="crops of 32, one repeat")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="per figure")
     parser.add_argument("--only", help="names of tasks, with commas")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="of torch")
+    parser.add_argument("--append", action="store_true", help="add to the results of other numbers of threads")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     # Threads, batch and edges: everything on one thread, the middle size on two.
     grid = [(1, 1, (64, 96, 160)), (1, 8, (64, 96)), (2, 1, (96,)), (2, 8, (96,)), (1, 8, (160,))]
     if options.quick:
         grid, options.seconds = [(1, 2, (32,))], 0.0
+    grid = [line for line in grid if line[0] in options.threads]
     wanted = None if options.only is None else set(options.only.split(","))
     rows: list[dict[str, Any]] = []
     for threads, batch, edges in grid:
@@ -67,6 +71,9 @@ def main() -> None:
     print_table(close)
     print_table(summary(rows))
     if not options.quick and wanted is None:
+        if options.append:
+            before = json.loads((RESULTS / "augmentation.json").read_text())["rows"]
+            rows = [row for row in before if row["threads"] not in options.threads] + rows
         payload = {"load_average": os.getloadavg()[0], "seconds": options.seconds}
         write_results("augmentation", {**payload, "summary": summary(rows), "closeness": close, "rows": rows})
 
