@@ -509,6 +509,204 @@ def evaluate_classification(
     show(result, as_json)
 
 
+@evaluate_app.command("probe")
+def evaluate_probe(
+    checkpoint: o.Encoder,
+    dataset: o.ProbedImages = None,
+    store: o.ProbedStore = None,
+    out: o.OptionalOut = None,
+    probes: o.Probes = "linear,knn,prototypes",
+    labels: o.LabelsOf = None,
+    kind: o.LearntKind = "auto",
+    classes: o.Classes = None,
+    folds: o.Folds = None,
+    fold: o.Fold = 0,
+    labelled: o.Labelled = None,
+    shots: o.Shots = "1,2,5,10,20",
+    steps: o.HeadSteps = 300,
+    stages: o.Stages = "all",
+    pooling: o.Pooling = "mean",
+    fit: o.Fit = "whole",
+    patch_size: o.PatchSize = None,
+    spacing: o.Spacing = "median",
+    normalisation: o.Normalisation = "by-modality",
+    modality: o.Modality = None,
+    grey: o.Grey = False,
+    cache: o.Cache = None,
+    control: o.Control = True,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """What frozen features know of labels: linear, nearest neighbours, few-shot, and a segmentation probe.
+
+    Example: `medssl evaluate probe run --dataset labels.csv --out probe`
+    """
+    if (dataset is None) == (store is None):
+        raise UsageError("evaluate probe takes --dataset for images with classes, or --store for labels of voxels.")
+    patch = _numbers(patch_size, int, "--patch-size")
+    if store is not None:
+        from medssl.evaluation.segmentation_probe import evaluate_segmentation_probe
+
+        segmentation = evaluate_segmentation_probe(
+            checkpoint, store, out, steps=steps, stages=_stages(stages), patch_size=patch, control=control, seed=seed,
+            device=device, quiet=quiet,
+        )  # fmt: skip
+        show(segmentation, as_json)
+        return
+    from medssl.evaluation.probe import evaluate_probe as run
+    from medssl.transfer.images import ImageOptions
+
+    assert dataset is not None
+    result = run(
+        checkpoint,
+        dataset,
+        out,
+        probes=_names(probes) or [],
+        labels=labels,
+        kind=kind,
+        classes=_names(classes),
+        folds=folds,
+        fold=fold,
+        labelled=labelled,
+        shots=_numbers(shots, int, "--shots"),
+        stages=_stages(stages),
+        pooling=pooling,
+        fit=fit,
+        patch_size=patch,
+        options=ImageOptions(_spacing(spacing), normalisation, modality, grey, quiet=quiet),
+        cache=cache,
+        control=control,
+        seed=seed,
+        device=device,
+        quiet=quiet,
+    )
+    show(result, as_json)
+
+
+@evaluate_app.command("quality")
+def evaluate_quality(
+    checkpoint: o.Encoder,
+    store: o.Store,
+    out: o.OptionalOut = None,
+    split: o.WhichSplit = "all",
+    most: o.MostVolumes = 256,
+    views: o.Views = 4,
+    purpose: o.ViewPurpose = "contrastive",
+    stages: o.Stages = "last",
+    pooling: o.Pooling = "mean",
+    control: o.Control = True,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Quality of features without labels, and whether they collapsed and why.
+
+    Example: `medssl evaluate quality run --store store`
+    """
+    from medssl.evaluation.quality import evaluate_quality as run
+
+    result = run(
+        checkpoint,
+        store,
+        out,
+        split=split,
+        most=most,
+        views=views,
+        purpose=purpose,
+        stages=_stages(stages),
+        pooling=pooling,
+        control=control,
+        seed=seed,
+        device=device,
+        quiet=quiet,
+    )
+    show(result, as_json)
+
+
+@evaluate_app.command("ood")
+def evaluate_ood(
+    checkpoint: o.Encoder,
+    inside: o.Inside,
+    outside: o.Outside = None,
+    out: o.OptionalOut = None,
+    labels: o.VolumeLabels = None,
+    artefacts: o.Artefacts = True,
+    modality: o.Modality = None,
+    stages: o.Stages = "all",
+    pooling: o.Pooling = "mean",
+    most: o.MostVolumes = 500,
+    untrained: o.Untrained = False,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """How well features tell strange volumes from known ones: artefacts, other scanners, organs, modalities.
+
+    Example: `medssl evaluate ood run --in hippocampus --out-of atrium --out ood`
+    """
+    from medssl.evaluation.ood_run import evaluate_ood as run
+
+    result = run(
+        checkpoint,
+        inside,
+        outside or [],
+        out,
+        labels=labels,
+        artefacts=artefacts,
+        modality=modality,
+        stages=_stages(stages),
+        pooling=pooling,
+        most=most,
+        untrained=untrained,
+        seed=seed,
+        device=device,
+        quiet=quiet,
+    )
+    show(result, as_json)
+
+
+@app.command()
+def embed(
+    checkpoint: o.Encoder,
+    store: o.Store,
+    out: o.Out,
+    stages: o.Stages = "all",
+    pooling: o.Pooling = "mean",
+    boxes: o.Boxes = "cover",
+    split: o.WhichSplit = "all",
+    untrained: o.Untrained = False,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    overwrite: o.Overwrite = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write a feature of each volume of a store to Parquet, for any tool; the report draws a map of them.
+
+    Example: `medssl embed run --store store --out features`
+    """
+    from medssl.inference.embed import FEATURES, embed_store
+
+    found = embed_store(
+        checkpoint,
+        store,
+        out,
+        stages=_stages(stages),
+        pooling=pooling,
+        boxes=boxes,
+        split=split,
+        untrained=untrained,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    say(f"{len(found)} features of {found.features.shape[1]} numbers: {out / FEATURES}\nMap: medssl report {out}")
+
+
 @app.command()
 def compare(
     runs: o.Runs,
@@ -709,6 +907,10 @@ def _numbers(text: str | None, kind: type, option: str) -> Any:
         return tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise UsageError(f"{option} takes numbers with commas between them, got '{text}'.") from error
+
+
+def _stages(text: str) -> Any:
+    return text if text in ("all", "last") else _numbers(text, int, "--stages")
 
 
 def _spacing(text: str) -> Any:

@@ -70,8 +70,10 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     result = dict(values)
     for name, change in changes.items():
         before = result.get(name)
-        nested = isinstance(before, Mapping) and isinstance(change, Mapping)
-        result[name] = merged(before, change) if nested else change
+        if isinstance(before, Mapping) and isinstance(change, Mapping):
+            result[name] = merged(before, change)
+        else:
+            result[name] = change
     return result
 
 

@@ -194,6 +194,35 @@ OnlySplit: TypeAlias = Annotated[str | None, _option("Only cases of this split."
 CommonCases: TypeAlias = Annotated[
     bool, _option("Where the runs have different cases, compare those they share.", "--common-cases")
 ]
+Encoder: TypeAlias = Annotated[Path, _argument("A RUN or a checkpoint file whose encoder is looked through.")]
+Stages: TypeAlias = Annotated[str, typer.Option(help="all, last, or numbers with commas; 0 is the finest.")]
+Pooling: TypeAlias = Annotated[Literal["mean", "mean+max"], typer.Option(help="Over space, of each feature.")]
+Boxes: TypeAlias = Annotated[
+    Literal["cover", "centre"], typer.Option(help="Cover each volume with boxes of the patch size, or its middle only.")
+]
+WhichSplit: TypeAlias = Annotated[
+    Literal["all", "train", "validation", "test"], typer.Option("--split", help="Only volumes of this split.")
+]
+Untrained: TypeAlias = Annotated[bool, _option("Use the checkpoint's network with random weights.", "--untrained")]
+Control: TypeAlias = Annotated[bool, typer.Option("--control/--no-control", help="Look at the untrained network too.")]
+MostVolumes: TypeAlias = Annotated[int, typer.Option("--most", min=2, help="Volumes at most, evenly spaced.")]
+Views: TypeAlias = Annotated[int, typer.Option(min=0, help="Augmented views of each volume, for alignment and LiDAR.")]
+ViewPurpose: TypeAlias = Annotated[str, typer.Option("--purpose", help="Policy that draws the views.")]
+ProbedImages: TypeAlias = Annotated[
+    Path | None, _option("Images with labels, as for `medssl finetune classification`.", "--dataset")
+]
+ProbedStore: TypeAlias = Annotated[Path | None, _option("Store with labels, for the segmentation probe.", "--store")]
+Probes: TypeAlias = Annotated[str, typer.Option(help="Of linear, knn and prototypes, with commas.")]
+Shots: TypeAlias = Annotated[str, typer.Option(help="Cases of each class for the prototypes, with commas.")]
+HeadSteps: TypeAlias = Annotated[int, typer.Option("--steps", min=1, help="Steps of the segmentation probe's head.")]
+Inside: TypeAlias = Annotated[Path, _option("Store of the known kind.", "--in")]
+Outside: TypeAlias = Annotated[list[Path] | None, _option("Store of strangers; may be repeated.", "--out-of")]
+VolumeLabels: TypeAlias = Annotated[
+    Path | None, _option("CSV of volume_id and label of --in: brings class means, energy and softmax.", "--labels")
+]
+Artefacts: TypeAlias = Annotated[
+    bool, typer.Option("--artefacts/--no-artefacts", help="Known volumes with artefacts count as strangers too.")
+]
 Format: TypeAlias = Annotated[Literal["nnunet", "nnssl", "safetensors"], typer.Option(help="Who shall read it.")]
 Plans: TypeAlias = Annotated[Path | None, _option("nnU-Net plans the file shall fit (--format nnunet).")]
 DemoOut: TypeAlias = Annotated[Path, typer.Option("--out", help="Folder for the result.")]

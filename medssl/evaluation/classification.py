@@ -29,6 +29,8 @@ from medssl.training.scores import (
     confusion,
 )
 from medssl.training.temperature import fit_temperature, probabilities_of
+from medssl.transfer.classification_files import target_kind
+from medssl.transfer.classifier_files import is_classification
 
 __all__ = [
     "HIGHER_IS_BETTER",
@@ -63,7 +65,7 @@ def evaluate_classification(
             predictions' own `target` column.
         out: Folder to write to, or None.
         kind: `multiclass`, `multilabel` or `ordinal` (classes in the order of the columns); `auto` takes `multiclass`
-            where each row sums to 1, else `multilabel`.
+            where each row sums to 1, else `multilabel`, and what a RUN says of itself.
         split: Only references of this split, where they have such a column.
         common_cases: Measure the cases that both tables have.
         seed: Of the bootstrap.
@@ -78,6 +80,8 @@ def evaluate_classification(
     if not path.is_file():
         raise UsageError(f"{path} does not exist: give a CSV of probabilities or a finished classification RUN.")
     table = read_probabilities(path)
+    if kind == "auto" and is_classification(predictions):
+        kind = target_kind(predictions)
     chosen: Any = kind if kind != "auto" else _kind_of(table)
     if references is not None:
         known = read_references(references, split)

@@ -118,7 +118,7 @@ def linear_probe(train: Cases, kind: Kind, classes: int, select: Cases | None = 
     """
 
     def fit(cases: Cases, setting: float) -> Head:
-        return _Logistic(cases, kind, classes, setting)
+        return Logistic(cases, kind, classes, setting)
 
     return _choose(fit, STRENGTHS, "nll", train, kind, select, seed)
 
@@ -194,7 +194,9 @@ def softmax(values: Floats) -> Floats:
     return raised / raised.sum(axis=1, keepdims=True)
 
 
-class _Logistic:
+class Logistic:
+    """Logistic regression on standardised features; see `linear_probe`."""
+
     def __init__(self, cases: Cases, kind: Kind, classes: int, strength: float) -> None:
         self.standardise = Standardiser(cases.features)
         self.several, self.classes = kind == "multilabel", classes
@@ -209,6 +211,11 @@ class _Logistic:
         found = np.zeros((len(x), self.classes))
         found[:, self.models[0].classes_] = self.models[0].predict_proba(x)
         return found
+
+    def logits(self, features: Floats) -> Floats:
+        """Return what the probabilities are the softmax of, summing to 0. Shape: (N, classes that were trained on)."""
+        values = self.models[0].decision_function(self.standardise(features))
+        return np.stack([-values / 2, values / 2], axis=1) if values.ndim == 1 else values
 
     def _fit(self, x: Floats, targets: Integers, strength: float) -> Any:
         from sklearn.exceptions import ConvergenceWarning

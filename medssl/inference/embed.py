@@ -86,15 +86,22 @@ def write_thumbnails(path: Path, volumes: list[Volume]) -> None:
 
 
 def thumbnail(volume: Volume, edge: int = EDGE) -> NDArray[np.uint8]:
-    """Return the middle slice of the first channel, whole, from the 1st to the 99th percentile. Shape: (edge, edge)."""
+    """Return the middle slice of the first channel, whole, from the 1st to the 99th percentile.
+
+    Radiological view of a volume: anterior is up, the patient's right on the left. Pictures stand as they are.
+
+    Returns:
+        Shape: (edge, edge).
+    """
     _, depth, height, width = volume.shape
     middle = depth // 2
     image = volume.read((middle, 0, 0), (middle + 1, height, width))[0, 0]
     low, high = np.percentile(image[np.isfinite(image)], (1, 99)) if np.isfinite(image).any() else (0.0, 1.0)
     scaled = np.clip((np.nan_to_num(image, nan=low) - low) / max(high - low, 1e-6), 0, 1)
-    # The longest side fills the picture; rows go down from anterior, as radiologists look at axial slices.
+    # The longest side fills the picture.
     side = max(height, width)
     rows, columns = ((np.arange(edge) + 0.5) * side / edge - (side - size) / 2 for size in (height, width))
     inside = (rows[:, None] >= 0) & (rows[:, None] < height) & (columns >= 0) & (columns < width)
     picked = scaled[np.clip(rows.astype(int), 0, height - 1)[:, None], np.clip(columns.astype(int), 0, width - 1)]
-    return (255 * np.where(inside, picked, 0)[::-1]).astype(np.uint8)
+    picture = (255 * np.where(inside, picked, 0)).astype(np.uint8)
+    return picture[::-1, ::-1] if depth > 1 else picture

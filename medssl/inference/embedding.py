@@ -29,6 +29,7 @@ from medssl.progress import progress
 logger = logging.getLogger(__name__)
 
 Boxes = Literal["cover", "centre"]
+Change = Callable[[NDArray[np.float32], Volume, Tile], NDArray[np.float32]]
 MOST_BOXES = 64
 BATCH = 8
 
@@ -101,7 +102,7 @@ def embed(
     boxes: Boxes = "cover",
     most_boxes: int = MOST_BOXES,
     quiet: bool = True,
-    change: Callable[[NDArray[np.float32], Volume, Tile], NDArray[np.float32]] | None = None,
+    change: Change | None = None,
 ) -> Embeddings:
     """Return a feature of each volume.
 
@@ -180,7 +181,7 @@ def _batches(
     boxes: Boxes,
     most: int,
     channels: int,
-    change: Callable[[NDArray[np.float32], Volume, Tile], NDArray[np.float32]] | None,
+    change: Change | None,
 ) -> Iterator[tuple[list[int], list[float], torch.Tensor]]:
     """Yield rows, weights and images (B, C, *patch) of boxes in order."""
     rows: list[int] = []

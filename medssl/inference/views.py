@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medssl.augmentation.policy import AugmentationSettings, policy_for
+from medssl.augmentation.policy import AugmentationSettings, Policy, policy_for
 from medssl.data.batch import Batch
 from medssl.data.draw import Draw
 from medssl.errors import UsageError
+from medssl.inference.embedding import Change
 from medssl.inference.frozen import Frozen
 from medssl.inference.tiles import Tile, Triple, centre_tile, read_tile
 from medssl.inference.volumes import Volume
@@ -67,13 +69,28 @@ def view_features(
     return np.stack(rows).astype(np.float32)
 
 
-def _batch(volume: Volume, tile: Tile, number: int, frozen: Frozen) -> Batch:
+def changed_by(policy: Policy, frozen: Frozen, seed: int = 0) -> Change:
+    """Return what `embed` takes to see boxes as a policy of the encoder's patch size changes them.
+
+    All boxes of a volume are changed alike, by what is drawn for its name.
+    """
+
+    def change(image: NDArray[np.float32], volume: Volume, tile: Tile) -> NDArray[np.float32]:
+        batch = _batch(volume, tile, zlib.crc32(volume.id.encode()), frozen, image)
+        changed = policy.view(batch, Draw(seed, batch.sample_index)).image[0]
+        return (changed[:, None] if frozen.dimensions == 2 else changed).numpy()
+
+    return change
+
+
+def _batch(volume: Volume, tile: Tile, number: int, frozen: Frozen, array: NDArray[np.float32] | None = None) -> Batch:
     if volume.shape[0] != frozen.encoder.in_channels:
         raise UsageError(
             f"{volume.id} has {volume.shape[0]} channels, the encoder takes {frozen.encoder.in_channels}: views are "
             "drawn for all channels of a volume together."
         )
-    array = read_tile(volume.read, tile, volume.shape[1:], volume.shape[0], volume.background)
+    if array is None:
+        array = read_tile(volume.read, tile, volume.shape[1:], volume.shape[0], volume.background)
     start, stop = np.asarray(tile.start), np.asarray(tile.start) + np.asarray(tile.size)
     inside = np.stack([np.maximum(-start, 0), np.minimum(stop, volume.shape[1:]) - start], axis=1)
     spacing = volume.spacing_mm or (1.0, 1.0, 1.0)

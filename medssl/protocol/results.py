@@ -150,6 +150,8 @@ METHOD = {
     "learning rate": "the same grid for every arm; the best mean on the selection cases, by number of labels",
     "value": "mean over seeds (in each case first, where a case has a value), then over cases",
     "interval": f"percentile bootstrap over patients, {LEVEL:.0%}, {RESAMPLES} resamples; of classes within each class",
+    "scope": "intervals and tests are about other cases of the same kind, for the models at hand; how much the luck of "
+    "training matters is seen from the seeds, which are listed one by one",
     "test": "sign-flip permutation over patients for means over cases; paired bootstrap for metrics of all cases "
     "together, such as AUROC; two-sided; Holm-corrected over all differences of the protocol",
 }
@@ -277,7 +279,7 @@ def _complaints(row: Row) -> list[str]:
 
 def _with_holm(found: Sequence[Difference]) -> list[Difference]:
     tested = [row for row in found if row.paired.interval.p is not None]
-    corrected = list([row.paired.interval.p for row in tested if row.paired.interval.p is not None])
+    corrected = holm([row.paired.interval.p for row in tested if row.paired.interval.p is not None])
     by_id = dict(zip(map(id, tested), corrected, strict=True))
     return [Difference(**{**vars(row), "p_holm": by_id.get(id(row))}) for row in found]
 

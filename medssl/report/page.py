@@ -13,6 +13,7 @@ from typing import Any
 from medssl import __version__
 from medssl.errors import UsageError
 from medssl.files import write_text
+from medssl.inference.embed import FEATURES
 from medssl.inference.predict import NOTICE
 from medssl.report.facts import RunFacts, read_facts
 from medssl.report.figures import curve_figures
@@ -46,16 +47,21 @@ def report(run: Path) -> Path:
     """Write `report.html` into a RUN and return its path.
 
     Works for pretraining and segmentation RUNs, also unfinished ones: what is missing is listed on the page. The
-    validation masks of a segmentation RUN are measured if that was not done yet.
+    validation masks of a segmentation RUN are measured if that was not done yet. Of a folder of `medssl embed` the page
+    is a map of its features.
 
     Args:
-        run: The RUN.
+        run: The RUN, or the folder.
 
     Raises:
         UsageError: If the folder is no RUN.
     """
     if not run.is_dir():
         raise UsageError(f"{run} does not exist: give the --out folder of a training.")
+    if (run / FEATURES).is_file():
+        from medssl.report.embedding_map import embedding_report
+
+        return embedding_report(run)
     facts = read_facts(run)
     segments = describe_segments(facts) if facts.kind == "segmentation" else None
     figures = curve_figures(facts.metrics)
@@ -84,7 +90,7 @@ def report(run: Path) -> Path:
     return run / NAME
 
 
-def _template() -> Any:
+def _template(name: str = "report.html.j2") -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
@@ -94,7 +100,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 def _title(facts: RunFacts) -> str:

@@ -173,6 +173,14 @@ def test_a_rate_that_breaks_a_run_is_not_chosen_and_does_not_end_the_protocol(tm
     assert again.names == [], "what failed is not tried again"
 
 
+def test_a_rate_counts_only_with_all_of_the_seeds_that_choose(tmp_path: Path) -> None:
+    trainer = FakeTrainer(fails=lambda job: (job.rate, job.arm, job.seed) == (1e-2, "pretrained", 1))
+    results = run(tmp_path, trainer, overrides=["rate_seeds=2"])
+    row = row_of(results, "pretrained", 2)
+    assert row.rate != 1e-2 and np.isnan(row.looked["0.01"])
+    assert {job.rate for job in trainer.jobs if (job.arm, job.seed) == ("scratch", 1)} == {1e-3, 1e-2, 1e-1}
+
+
 def test_an_arm_without_any_working_rate_is_missing_and_said_to_be(tmp_path: Path) -> None:
     results = run(tmp_path, FakeTrainer(fails=lambda job: job.arm == "encoder" and job.labels == 2))
     assert not row_of(results, "encoder", 2).seeds and row_of(results, "encoder", 8).seeds

@@ -126,7 +126,8 @@ def test_outputs_are_found_again_from_probabilities(kind: str) -> None:
 
 def test_reported_cases_do_not_decide_the_temperature() -> None:
     rng = np.random.default_rng(6)
-    outputs, targets = rng.normal(0, 3, (80, 3)), rng.integers(0, 3, 80)
+    targets = rng.integers(0, 3, 80)
+    outputs = rng.normal(0, 3, (80, 3)) + 3.0 * np.eye(3)[targets]
     p = probabilities_of(outputs, "multiclass", fit_temperature(outputs, targets, "multiclass"))
     temperature = fit_temperature(outputs, targets, "multiclass")
     found = tempered_anew(p, targets, "multiclass", temperature, range(30))
