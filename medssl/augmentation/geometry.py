@@ -16,6 +16,8 @@ from medssl.augmentation.transform import Parameters, broadcast, to_device
 
 # The two axes of the plane across each axis.
 PLANES = ((1, 2), (0, 2), (0, 1))
+# Voxels of a sample from which on it is handled alone on the CPU.
+LARGE = 1 << 15
 
 
 def rotation_matrices(angle_degrees: Tensor) -> Tensor:
@@ -202,31 +204,52 @@ def crop(
     result = image.new_empty((*image.shape[:2], *patch))
     start = torch.tensor(offset) + parameters["shift"]
     turns = parameters.get("quarter_turns", torch.zeros_like(start))
+    keys = torch.cat([start, parameters["mirror"].long(), turns], dim=1).tolist()
+    alone = one_by_one(image)
     groups: dict[tuple[int, ...], list[int]] = {}
-    for row, key in enumerate(torch.cat([start, parameters["mirror"].long(), turns], dim=1).tolist()):
+    for row, key in enumerate(keys):
         if chosen[row]:
-            groups.setdefault(tuple(key), []).append(row)
+            groups.setdefault((*key, row) if alone else tuple(key), []).append(row)
     for key, rows in groups.items():
         first, flips = key[:3], [axis for axis in range(3) if key[3 + axis]]
         low = [max(a, 0) for a in first]
         high = [min(a + edge, size) for a, edge, size in zip(first, patch, image.shape[2:], strict=True)]
         source = image[(slice(None), slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))]
-        everyone = len(rows) == len(image)
-        index = None if everyone else to_device(torch.tensor(rows), image.device)
-        part = source if index is None else source.index_select(0, index)
+        part = select(source, rows)
         if part.shape[2:] != result.shape[2:]:
             padded = broadcast(background[torch.tensor(rows)], image).expand(*part.shape[:2], *patch).clone()
             where = (slice(a - f, b - f) for a, b, f in zip(low, high, first, strict=True))
             padded[(slice(None), slice(None), *where)] = part
             part = padded
         part = part.flip([axis + 2 for axis in flips]) if flips else part
-        for count, (a, b) in zip(key[6:], PLANES, strict=True):
+        for count, (a, b) in zip(key[6:9], PLANES, strict=True):
             part = part.rot90(count, (a + 2, b + 2)) if count else part
-        if index is None:
-            result.copy_(part)
-        else:
-            result.index_copy_(0, index, part)
+        place(result, rows, part)
     return result
+
+
+def one_by_one(image: Tensor) -> bool:
+    """Tell whether samples are better handled alone: large ones on the CPU, where picking them out costs a copy."""
+    return image.device.type == "cpu" and image[0].numel() >= LARGE
+
+
+def select(values: Tensor, rows: Sequence[int]) -> Tensor:
+    """Return some rows of a batch; a view where it is all or one of them."""
+    if len(rows) == len(values):
+        return values
+    if len(rows) == 1:
+        return values[rows[0] : rows[0] + 1]
+    return values.index_select(0, to_device(torch.tensor(rows), values.device))
+
+
+def place(values: Tensor, rows: Sequence[int], content: Tensor) -> None:
+    """Write some rows of a batch."""
+    if len(rows) == len(values):
+        values.copy_(content)
+    elif len(rows) == 1:
+        values[rows[0] : rows[0] + 1].copy_(content)
+    else:
+        values.index_copy_(0, to_device(torch.tensor(rows), values.device), content)
 
 
 def _limits(valid: Tensor) -> tuple[Tensor, Tensor]:

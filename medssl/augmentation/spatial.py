@@ -19,7 +19,10 @@ from medssl.augmentation.geometry import (
     box_mask,
     crop,
     is_resampled,
+    one_by_one,
+    place,
     positions_inside,
+    select,
     valid_box,
     view_to_crop,
     wholly_inside,
@@ -124,8 +127,7 @@ class Spatial:
         """Cut the views out of a batch; the batch is not modified."""
         # Inside, slices and images have one slice along Z, so that there is one way for both.
         flat = batch.dimensions == 2
-        source = batch.image.unsqueeze(2) if flat else batch.image
-        source_label = None if batch.label is None else batch.label.reshape(len(batch), 1, *source.shape[2:])
+        source, source_label = _as_volumes(batch)
         device, patch = source.device, self._patch
         offset = margin_before(source.shape[2:], patch)
         matrix = view_to_crop(parameters, batch.spacing_mm, offset, patch)
@@ -140,32 +142,9 @@ class Spatial:
         if source_label is not None:
             label = crop(source_label, parameters, offset, ~resampled, torch.zeros(len(batch)), patch)
 
-        rows = resampled.nonzero()[:, 0]
-        if len(rows):
-            everyone = len(rows) == len(batch)
-            index = to_device(rows, device)
-            in_voxels = None
-            if elastic is not None:
-                spacing = to_device(batch.spacing_mm[rows], device).reshape(-1, 3, 1, 1, 1)
-                in_voxels = elastic.index_select(0, index) / spacing
-            moved = self._resampled(
-                source if everyone else source.index_select(0, index), matrix[rows], in_voxels, flat
-            )
-            moved_label = None
-            if source_label is not None:
-                moved_label = self._resampled_label(
-                    source_label if everyone else source_label.index_select(0, index), matrix[rows], in_voxels, flat
-                )
-            bent = parameters["elastic_strength"][rows] > 0
-            if not bool((wholly_inside(matrix[rows], batch.valid[rows], patch) & ~bent).all()):
-                seen = positions_inside(matrix[rows], batch.valid[rows], patch, in_voxels, device)
-                # In place: new memory of this size costs more than the work.
-                torch.where(seen, moved, broadcast(batch.background[rows], moved), out=moved)
-                moved_label = None if moved_label is None else moved_label.mul_(seen)
-                inside.index_copy_(0, index, seen)
-            image = moved if everyone else image.index_copy_(0, index, moved)
-            if label is not None and moved_label is not None:
-                label = moved_label if everyone else label.index_copy_(0, index, moved_label)
+        moving = resampled.nonzero()[:, 0].tolist()
+        for rows in [[row] for row in moving] if one_by_one(source) else [moving] if moving else []:
+            self._resample(rows, batch, parameters, matrix, Placed(image, inside, matrix, elastic, label))
 
         to_mm = matrix * batch.spacing_mm.double()[:, :, None]
         to_mm[:, :, 3] += batch.origin_mm.double()
@@ -176,6 +155,28 @@ class Spatial:
             displacement_mm=elastic.squeeze(2) if flat and elastic is not None else elastic,
             label=None if label is None else label.reshape(len(batch), *self.patch_size),
         )
+
+    def _resample(self, rows: list[int], batch: Batch, parameters: Parameters, matrix: Tensor, into: Placed) -> None:
+        """Fill some rows of `into` by interpolation."""
+        flat, patch = batch.dimensions == 2, self._patch
+        source, source_label = _as_volumes(batch)
+        maps, valid, in_voxels, label = matrix[rows], batch.valid[rows], None, None
+        if into.displacement_mm is not None:
+            spacing = to_device(batch.spacing_mm[rows], source.device).reshape(-1, 3, 1, 1, 1)
+            in_voxels = select(into.displacement_mm, rows) / spacing
+        image = self._resampled(select(source, rows), maps, in_voxels, flat)
+        if source_label is not None:
+            label = self._resampled_label(select(source_label, rows), maps, in_voxels, flat)
+        bent = parameters["elastic_strength"][rows] > 0
+        if not bool((wholly_inside(maps, valid, patch) & ~bent).all()):
+            seen = positions_inside(maps, valid, patch, in_voxels, source.device)
+            # In place: new memory of this size costs more than the work.
+            torch.where(seen, image, broadcast(batch.background[rows], image), out=image)
+            label = None if label is None else label.mul_(seen)
+            place(into.inside, rows, seen)
+        place(into.image, rows, image)
+        if into.label is not None and label is not None:
+            place(into.label, rows, label)
 
     @property
     def has_elastic(self) -> bool:
@@ -272,3 +273,9 @@ class Spatial:
             result[share > best] = value
             best = torch.maximum(best, share)
         return result
+
+
+def _as_volumes(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Return image (B, C, Z, Y, X) and label (B, 1, Z, Y, X) with one slice in 2D."""
+    image = batch.image.unsqueeze(2) if batch.dimensions == 2 else batch.image
+    return image, None if batch.label is None else batch.label.reshape(len(batch), 1, *image.shape[2:])

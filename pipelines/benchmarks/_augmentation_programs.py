@@ -65,10 +65,12 @@ def our_transform(name: str, image: Tensor, modality: str, settings: Mapping[str
     transform = kind({modality: kind.settings_class(**{"probability": 1.0, **settings})})
 
     batch = batch_of(image, None, modality)
+    # A policy's transforms work in place on the view that the resampling made; here on a copy, as the peers do.
+    own = torch.empty_like(image)
 
     def program(number: int) -> Tensor:
         facts = Facts.of(batch, batch.modality, tuple(image.shape[2:]))
-        return transform.apply(image, transform.draw(facts, Draw(number, batch.sample_index)))
+        return transform.apply_(own.copy_(image), transform.draw(facts, Draw(number, batch.sample_index)))
 
     return program
 
