@@ -29,8 +29,9 @@ def tabulate(
                 differences.append(difference(f"{arm} - scratch", labels, cases_of[arm] - cases_of["scratch"]))
     for name in dict.fromkeys(name for name, _ in stock):
         labels = options.stock_labels
-        values = np.array([[stock[name, seed]["dice"][case] for case in split["validation"]] for seed in options.seeds])
-        facts = [stock[name, seed] for seed in options.seeds]
+        seeds = [seed for seed in options.seeds if (name, seed) in stock]
+        values = np.array([[stock[name, seed]["dice"][case] for case in split["validation"]] for seed in seeds])
+        facts = [stock[name, seed] for seed in seeds]
         extra = {key: facts[0][key] for key in ("patch_size", "batch_size")}
         rows.append(
             row(
@@ -44,7 +45,8 @@ def tabulate(
         )
         for arm in options.arms:
             if (arm, labels) in kept:
-                differences.append(difference(f"{arm} - nnU-Net, {name}", labels, kept[arm, labels] - values))
+                same = kept[arm, labels][[options.seeds.index(seed) for seed in seeds]]
+                differences.append(difference(f"{arm} - nnU-Net, {name}", labels, same - values))
     print_table(
         [
             {key: shown(key, line.get(key)) for key in ("arm", "labels", "dice", "seeds", "rate", "steps")}

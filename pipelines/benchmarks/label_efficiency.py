@@ -94,7 +94,7 @@ def main() -> None:
     if options.stock_labels:
         budgets = stock_budgets(options, scores)
         for name, seconds in budgets.items():
-            for seed in options.seeds:
+            for seed in options.seeds[: options.stock_seeds]:
                 say(f"nnU-Net {name}, seed {seed}, {seconds:.0f} s of CPU time")
                 cases = labelled_cases(split["pool"], options.stock_labels, seed)
                 stock[name, seed] = run_stock(options, name, seed, seconds, cases, split["validation"])
@@ -123,6 +123,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--stock-labels", type=int, default=8, help="labelled cases of untouched nnU-Net; 0 leaves it out"
     )
+    parser.add_argument("--stock-seeds", type=int, help="how many of the seeds untouched nnU-Net gets; all by default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--name", default="label_efficiency", help="name of the results")
     parser.add_argument("--smoke", action="store_true", help="a minute or two, to see that all of it runs")
