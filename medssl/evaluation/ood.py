@@ -229,6 +229,6 @@ class OodResult:
             table.add_column(name, justify="left" if name in ("strangers", "score") else "right")
         for name, by_score in self.sets.items():
             for score, values in by_score.items():
-                shown = (str(values[measure]) for measure in ("auroc", "aupr_out", "fpr95"))
-                table.add_row(name, str(self.counts[name]), score, *shown)
+                plain = (f"{values[measure].value:.3f}" for measure in ("aupr_out", "fpr95"))
+                table.add_row(name, str(self.counts[name]), score, str(values["auroc"]), *plain)
         return table

@@ -2,8 +2,8 @@
 
 A volume is covered by boxes of the encoder's own patch size with the least overlap, since features of a normalised
 network depend on how much it sees at once. Boxes without tissue are left out where the store knows its tissue. The
-pooled features of the boxes are averaged, each weighted by its share inside the volume (largest values are combined by
-the largest). Nothing is drawn: a volume has one embedding, the same up to rounding whatever is embedded beside it.
+pooled features of the boxes are averaged, and of largest values the largest is taken. Nothing is drawn: a volume has one
+embedding, the same up to rounding whatever is embedded beside it.
 """
 
 from __future__ import annotations
@@ -132,19 +132,19 @@ def embed(
     means = len(names) // len(pooling.split("+"))
     sums = np.zeros((len(volumes), means))
     largest = np.full((len(volumes), len(names) - means), -np.inf)
-    weights = np.zeros(len(volumes))
+    counts = np.zeros(len(volumes))
     _warn_of_spacing(frozen, volumes)
     with progress("Embedding", len(volumes), quiet=quiet) as advance:
-        for rows, shares, images in _batches(frozen, volumes, boxes, most_boxes, channels, change):
+        for rows, images in _batches(frozen, volumes, boxes, most_boxes, channels, change):
             with torch.inference_mode():
                 found = pooled_stages(frozen.encoder, images.to(frozen.device), chosen, pooling)
             values = found.cpu().numpy().astype(np.float64)
-            for row, share, value in zip(rows, shares, values, strict=True):
-                sums[row] += share * value[:means]
-                weights[row] += share
+            for row, value in zip(rows, values, strict=True):
+                sums[row] += value[:means]
+                counts[row] += 1
                 largest[row] = np.maximum(largest[row], value[means:])
             advance(len(set(rows)))
-    features = np.concatenate([sums / weights[:, None], largest], axis=1).astype(np.float32)
+    features = np.concatenate([sums / counts[:, None], largest], axis=1).astype(np.float32)
     facts = {
         "encoder": frozen.facts,
         "stages": list(chosen),
@@ -182,10 +182,9 @@ def _batches(
     most: int,
     channels: int,
     change: Change | None,
-) -> Iterator[tuple[list[int], list[float], torch.Tensor]]:
-    """Yield rows, weights and images (B, C, *patch) of boxes in order."""
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield the volumes' rows and the images (B, C, *patch) of boxes in order."""
     rows: list[int] = []
-    shares: list[float] = []
     images: list[NDArray[np.float32]] = []
     for row, volume in enumerate(volumes):
         if volume.shape[0] != channels and channels != 1:
@@ -199,13 +198,12 @@ def _batches(
             image = image[:, 0] if frozen.dimensions == 2 else image
             for part in image[None] if volume.shape[0] == channels else image[:, None]:
                 rows.append(row)
-                shares.append(tile.inside)
                 images.append(part)
                 if len(images) == BATCH:
-                    yield rows, shares, torch.from_numpy(np.stack(images))
-                    rows, shares, images = [], [], []
+                    yield rows, torch.from_numpy(np.stack(images))
+                    rows, images = [], []
     if images:
-        yield rows, shares, torch.from_numpy(np.stack(images))
+        yield rows, torch.from_numpy(np.stack(images))
 
 
 def _holds(tile: Tile, points: NDArray[np.int64]) -> bool:

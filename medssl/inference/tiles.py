@@ -1,4 +1,4 @@
-"""Which boxes of a volume are shown to an encoder, the same ones always, and how their padding counts."""
+"""Which boxes of a volume are shown to an encoder, the same ones always."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ class Tile:
     Args:
         start: First voxel (z, y, x); negative where the box begins before the volume.
         size: Edges (z, y, x).
-        inside: Share of its voxels that lie in the volume.
     """
 
     start: Triple
     size: Triple
-    inside: float
 
 
 def tile_volume(shape: Sequence[int], size: Triple, most: int, margin: float = MARGIN) -> list[Tile]:
@@ -49,13 +47,13 @@ def tile_volume(shape: Sequence[int], size: Triple, most: int, margin: float = M
         # The middle of each of `most` equal stretches of the list.
         index = ((np.arange(most) + 0.5) * len(places) / most).astype(int)
         places = [places[number] for number in index]
-    return [Tile(place, size, _inside(place, size, shape)) for place in places]
+    return [Tile(place, size) for place in places]
 
 
 def centre_tile(shape: Sequence[int], size: Triple) -> Tile:
     """Return the box in the middle of a volume."""
     z, y, x = ((edge - box) // 2 for edge, box in zip(shape, size, strict=True))
-    return Tile((z, y, x), size, _inside((z, y, x), size, shape))
+    return Tile((z, y, x), size)
 
 
 def read_tile(read: Reader, tile: Tile, shape: Sequence[int], channels: int, background: float) -> NDArray[np.float32]:
@@ -85,8 +83,3 @@ def _starts(edge: int, box: int, margin: float) -> list[int]:
     if count * box >= edge and count > 1:
         return [round(number * (edge - box) / (count - 1)) for number in range(count)]
     return [(edge - count * box) // 2 + number * box for number in range(count)]
-
-
-def _inside(start: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> float:
-    parts = [(min(s + n, edge) - max(s, 0)) / n for s, n, edge in zip(start, size, shape, strict=True)]
-    return math.prod(parts)

@@ -81,6 +81,13 @@ def test_alpha_of_a_power_law_is_its_exponent(alpha: float) -> None:
     assert fit.item() == approx(1)
 
 
+def test_every_factor_of_two_of_the_spectrum_counts_alike() -> None:
+    values = torch.arange(1, 65, dtype=torch.float64) ** -1 * torch.linspace(1, 3, 64, dtype=torch.float64).cos().exp()
+    rank, used = np.arange(3, 33), values[2:32].numpy()
+    slope = np.polyfit(np.log(rank), np.log(used), 1, w=rank**-0.5)[0]
+    assert alpha_req(with_spectrum(values.sort(descending=True).values))[0].item() == approx(-slope, rel=1e-6)
+
+
 def test_a_spectrum_that_is_no_power_law_fits_badly() -> None:
     steps = torch.cat([torch.ones(16), 1e-4 * torch.ones(48)]).double()
     assert alpha_req(with_spectrum(steps))[1].item() < 0.9
