@@ -2,8 +2,8 @@
 
 A volume is covered by boxes of the encoder's own patch size with the least overlap, since features of a normalised
 network depend on how much it sees at once. Boxes without tissue are left out where the store knows its tissue. The
-pooled features of the boxes are averaged, and of largest values the largest is taken. Nothing is drawn: a volume has one
-embedding, the same up to rounding whatever is embedded beside it.
+pooled features of the boxes are averaged, and of largest values the largest is taken. Nothing is drawn: a volume has
+one embedding, the same up to rounding whatever is embedded beside it.
 """
 
 from __future__ import annotations
