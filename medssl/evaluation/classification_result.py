@@ -103,7 +103,8 @@ class ClassificationResult:
             "patients": self.patients,
             "classes": self.counts,
             "conventions": {
-                "interval": f"percentile bootstrap over {units}, {LEVEL:.0%}, {resamples_for(len(self.cases))} resamples, seed {self.seed}",
+                "interval": f"percentile bootstrap over {units}, {LEVEL:.0%}, "
+                f"{resamples_for(len(self.cases))} resamples, seed {self.seed}",
                 "undefined": "null; means over classes are over the classes for which the metric is defined",
                 "auroc, aupr": "each class against the rest, then the mean; aupr is average precision",
                 "decisions": "threshold 0.5 per label" if self.kind == "multilabel" else "the most probable class",

@@ -211,7 +211,7 @@ def test_rates_fall_from_the_head_to_the_stem_and_rise_in_the_warm_up() -> None:
 def test_python_and_the_command_line_share_names() -> None:
     import inspect
 
-    from medssl.cli import finetune_classification as verb
+    from medssl.cli.training import finetune_classification as verb
 
     twin = set(inspect.signature(finetune_classification).parameters) | set(ClassificationSettings.model_fields)
     assert set(inspect.signature(verb).parameters) - {"as_json"} <= twin
