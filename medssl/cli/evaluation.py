@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from medssl import options as o
 from medssl.cli.apps import app, evaluate_app
-from medssl.cli.parsing import numbers, spacing_of, stages_of
+from medssl.cli.parsing import names, numbers, spacing_of, stages_of
 from medssl.errors import UsageError
 from medssl.screen import finish, say, show
 
