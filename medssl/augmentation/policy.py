@@ -19,6 +19,7 @@ from medssl.augmentation.interop import Library
 from medssl.augmentation.libraries import LibrarySettings
 from medssl.augmentation.mirror import Laterality, allowed_axes, swap_classes, swap_table
 from medssl.augmentation.pairs import pair_shifts
+from medssl.augmentation.precision import full_precision
 from medssl.augmentation.spatial import Spatial
 from medssl.augmentation.spatial_settings import SpatialSettings
 from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings
@@ -134,7 +135,7 @@ class Policy:
         Raises:
             DataError: If `check_ranges` is set and a transform leaves the range of a modality.
         """
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             modality = self._known(batch)
             facts = Facts.of(batch, modality, self.patch_size)
             drawn: dict[str, Parameters] = {"spatial": self.spatial.draw(facts, draw.child("spatial"))}

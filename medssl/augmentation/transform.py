@@ -19,8 +19,9 @@ Parameters = dict[str, Tensor]
 SettingsT = TypeVar("SettingsT", bound="TransformSettings")
 # Columns of settings that a transform keeps: a batch of another make-up of modalities needs others.
 MOST_COLUMNS = 256
-# Voxels that a transform changes at once on the CPU: 1 MB of float32, with its temporaries in a core's cache.
-VOXELS_AT_ONCE = 1 << 18
+# Voxels that a transform changes at once on the CPU. From here on torch divides reductions among threads, one channel
+# otherwise than several: a sample's result must not depend on its batch mates. It stays in the cache, too.
+VOXELS_AT_ONCE = 1 << 15
 
 
 class TransformSettings(Settings):

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from medssl.data.loader import CropLoader
 from medssl.data.sampling import CropSettings
 from medssl.errors import UsageError
 from medssl.files import write_bytes
+from medssl.preprocessing.orient import FLAT_MODALITIES
 from medssl.preprocessing.store import Store
 
 # Edges of the patch at most: a sheet is looked at, and larger patches show the same.
@@ -85,7 +86,8 @@ def contact_sheet(
         alone = settings.model_copy(update={"overrides": merged(settings.overrides, only)})
         rows.append(_row(name, policy_for(purpose, {modality}, patch, alone), batch, draws, seed))
     title = f"policy {purpose} on {known_modality(modality)}"
-    write_bytes(out, _picture(rows, batch.spacing_mm[0].tolist(), title))
+    upright = batch.modality[0] in FLAT_MODALITIES
+    write_bytes(out, _picture(rows, batch.spacing_mm[0].tolist(), title, upright))
     return out
 
 
@@ -133,22 +135,25 @@ def _one_by_one(policy: PolicySettings) -> list[tuple[str, dict[str, Any]]]:
     moves = [name for name in MOVES if hasattr(policy.spatial, name)]
     still: dict[str, Any] = {name: {"probability": 0.0} for name in moves} | {"shift": 0.0}
     quiet = dict.fromkeys(policy.intensity)
+    nothing: dict[str, Any] = {"spatial": still, "intensity": quiet, "library": []}
     rows = []
     for name in moves:
         if getattr(policy.spatial, name).probability > 0:
-            rows.append((name, {"spatial": still | {name: {"probability": 1.0}}, "intensity": quiet}))
+            rows.append((name, {**nothing, "spatial": still | {name: {"probability": 1.0}}}))
+    for entry in policy.library:
+        always = entry.model_copy(update={"probability": 1.0}).model_dump(mode="json")
+        rows.append((entry.transform, {**nothing, "library": [always]}))
     for name, settings in policy.transforms("policy").items():
         if settings.probability > 0:
             always = {"probability": 1.0} | ({"per_channel": 1.0} if hasattr(settings, "per_channel") else {})
             alone = {**(policy.intensity[name] or {}), **always}
-            rows.append((name, {"spatial": still, "intensity": {**quiet, name: alone}}))
+            rows.append((name, {**nothing, "intensity": {**quiet, name: alone}}))
     return rows
 
 
 def _row(name: str, policy: Policy, batch: Batch, draws: int, seed: int) -> _Row:
-    plain = policy_for(
-        "none", policy.by_modality, policy.patch_size, policy.settings.model_copy(update={"overrides": {}})
-    )
+    as_read = policy.settings.model_copy(update={"overrides": {}, "policy": None})
+    plain = policy_for("none", policy.by_modality, policy.patch_size, as_read)
     images = [plain.view(batch, Draw(seed, batch.sample_index)).image[0, 0]]
     notes = ["as read"]
     for number in range(draws):
@@ -171,7 +176,7 @@ def _note(name: str, parameters: dict[str, dict[str, Tensor]]) -> str:
     return " ".join(f"{value:.2g}" for value in values[:3].tolist())
 
 
-def _picture(rows: Sequence[_Row], spacing_mm: Sequence[float], title: str) -> bytes:
+def _picture(rows: Sequence[_Row], spacing_mm: Sequence[float], title: str, upright: bool) -> bytes:
     from matplotlib.figure import Figure
 
     lines = [(row, cut) for row in rows for cut in _cuts(row.images, spacing_mm)]
@@ -184,10 +189,12 @@ def _picture(rows: Sequence[_Row], spacing_mm: Sequence[float], title: str) -> b
     spaces = {"wspace": 0.03, "hspace": 0.16 * len(lines) / (INCHES * sum(shares)), "height_ratios": shares}
     axes = np.asarray(figure.subplots(len(lines), columns, squeeze=False, gridspec_kw={**margins, **spaces}))
     low, high = _window(rows[0].images[0])
+    # A picture keeps its rows, the first on top; slices of a volume run to anterior or superior.
+    origin: Literal["upper", "lower"] = "upper" if upright and rows[0].images[0].ndim == 2 else "lower"
     for number, (line, (row, (slices, aspect))) in enumerate(zip(axes, lines, strict=True)):
         first = number == 0 or lines[number - 1][0] is not row
         for axis, content, note in zip(line, slices, row.notes, strict=True):
-            axis.imshow(content, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect)
+            axis.imshow(content, cmap="gray", vmin=low, vmax=high, origin=origin, aspect=aspect)
             axis.set_xticks([])
             axis.set_yticks([])
             if first and note:

@@ -117,7 +117,7 @@ class _Loop:
         self.processors: Any = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
         self.metrics: MetricsWriter | None = None
         self.views: Views = []
-        self.spacing_mm = torch.ones(3)
+        self.spacing_mm, self.modality = torch.ones(3), "MR"
         self.waited = 0.0
 
     def run(self) -> Path:
@@ -153,7 +153,7 @@ class _Loop:
         """Yield the views of each batch of a step; the last ones stay for whoever looks at them later."""
         for part in range(self.settings.accumulate):
             batch = self._next(batches)
-            self.spacing_mm = batch.spacing_mm[0]
+            self.spacing_mm, self.modality = batch.spacing_mm[0], batch.modality[0]
             self.views = self.engine.views(batch)
             # What was read around the patch is not needed any more; the step needs the memory.
             del batch
@@ -223,7 +223,7 @@ class _Loop:
 
     def _picture(self, images: dict[str, Tensor], path: Path, name: str, title: str) -> None:
         try:
-            png, size = draw_grid(images, self.spacing_mm.tolist(), title)
+            png, size = draw_grid(images, self.spacing_mm.tolist(), title, modality=self.modality)
         except ImportError as error:
             logger.info("No pictures: %s", error)
             return

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from medssl.data.batch import Views
+from medssl.preprocessing.orient import FLAT_MODALITIES
 
 logger = logging.getLogger(__name__)
 
@@ -33,16 +35,20 @@ def pictures_of_views(views: Views) -> dict[str, Tensor]:
     return images
 
 
-def draw_grid(images: Mapping[str, Tensor], spacing_mm: Sequence[float], title: str) -> tuple[bytes, tuple[int, int]]:
+def draw_grid(
+    images: Mapping[str, Tensor], spacing_mm: Sequence[float], title: str, *, modality: str = "MR"
+) -> tuple[bytes, tuple[int, int]]:
     """Draw the mid-slices of some samples: a column per image, a row per sample and plane.
 
     The first channel is drawn, with the window of the first column, so that columns compare. Front and head are up and
-    the patient's right is on the right, as the arrays lie. What is not a number is drawn blue.
+    the patient's right is on the right, as the arrays lie; a picture keeps its first row on top. What is not a number is
+    drawn blue.
 
     Args:
         images: Images of one batch by name. Shape of each: (B, C, Z, Y, X) or (B, C, Y, X).
         spacing_mm: Voxel size, (z, y, x).
         title: A line above.
+        modality: Of the samples; see `FLAT_MODALITIES`.
 
     Returns:
         The picture as PNG, and its width and height in pixels.
@@ -60,12 +66,14 @@ def draw_grid(images: Mapping[str, Tensor], spacing_mm: Sequence[float], title: 
     margins = {"left": 0.25 / width, "right": 1 - 0.05 / width, "bottom": 0.05 / height, "top": 1 - 0.5 / height}
     spaces = {"wspace": 0.03, "hspace": 0.03, "height_ratios": shares}
     axes = np.asarray(figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={**margins, **spaces}))
+    flat = next(iter(images.values())).ndim == 4 and modality in FLAT_MODALITIES
+    origin: Literal["upper", "lower"] = "upper" if flat else "lower"
     for row, (line, (label, slices, aspect)) in enumerate(zip(axes, rows, strict=True)):
         low, high = _range(slices[0])
         for axis, name, content in zip(line, columns, slices, strict=True):
             axis.set_facecolor("tab:blue")
             axis.imshow(
-                np.ma.masked_invalid(content), cmap="gray", vmin=low, vmax=high, origin="lower", aspect=aspect,
+                np.ma.masked_invalid(content), cmap="gray", vmin=low, vmax=high, origin=origin, aspect=aspect,
                 interpolation="nearest",
             )  # fmt: skip
             axis.set_xticks([])

@@ -10,7 +10,7 @@ from medssl.augmentation.policy import AugmentationSettings, policy_for
 from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 from medssl.errors import UsageError
-from tests.augmentation.batches import make_batch
+from tests.augmentation.batches import make_batch, row_of
 
 MODALITIES = ("MR", "CT", "US", "XR")
 
@@ -74,3 +74,20 @@ def test_names_families_and_order_are_as_documented():
     assert names.index("dose_noise") < names.index("kernel") < names.index("hu_window")
     assert all(CATALOGUE[name].name == name for name in names)
     assert {kind.family for kind in CATALOGUE.values()} >= {"mri", "ct", "ultrasound", "intensity", "acquisition"}
+
+
+@pytest.mark.parametrize("name", [name for name, kind in CATALOGUE.items() if not kind.mixes_samples])
+def test_with_several_threads_too_a_result_does_not_depend_on_batch_mates(name):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        # More voxels than torch reduces on one thread.
+        size = (8, 72, 72)
+        batch = make_batch(size, samples=2, modality=modality_of(name))
+        transform = build(name)
+        together = transform.apply(batch.image, transform.draw(facts_of(batch, size), Draw(0, batch.sample_index)))
+        one = row_of(batch, 1)
+        alone = transform.apply(one.image, transform.draw(facts_of(one, size), Draw(0, one.sample_index)))
+        assert torch.equal(alone[0], together[1])
+    finally:
+        torch.set_num_threads(threads)

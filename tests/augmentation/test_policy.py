@@ -212,3 +212,22 @@ def test_on_the_device_views_are_those_of_the_cpu_and_the_host_never_waits():
         torch.cuda.set_sync_debug_mode("default")
     assert (view.image.cpu() - expected.image).abs().max() < 1e-3
     assert (view.inside.cpu() != expected.inside).float().mean() < 1e-3
+
+
+def test_positions_and_spectra_are_not_computed_in_tf32(monkeypatch):
+    seen = []
+    policy = policy_for("none", {"MR"}, (8, 8, 8))
+    place = policy.spatial.apply
+
+    def watched(*arguments):
+        seen.append(torch.get_float32_matmul_precision())
+        return place(*arguments)
+
+    monkeypatch.setattr(policy.spatial, "apply", watched)
+    torch.set_float32_matmul_precision("high")
+    try:
+        batch = make_batch((8, 8, 8))
+        policy.view(batch, Draw(0, batch.sample_index))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -58,3 +58,19 @@ def test_wrong_names_are_answered_with_near_ones(store, tmp_path):
     with pytest.raises(UsageError, match="does not exist"):
         contact_sheet(tmp_path / "nothing", tmp_path / "s.png", quiet=True)
     assert not (tmp_path / "s.png").exists()
+
+
+def test_a_policy_file_of_ones_own_does_not_change_what_is_shown_as_read(store, tmp_path, monkeypatch):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "spatial: {rotation: {probability: 0}, scale: {probability: 0}}\n"
+        "intensity: {brightness: {probability: 1.0, factor: [3, 3]}}\n"
+        "library: [{transform: torchio.RandomNoise, probability: 0.5, arguments: {std: [1, 1]}}]\n"
+    )
+    drawn = []
+    monkeypatch.setattr("medssl.report.contact_sheet._picture", lambda rows, *_: drawn.append(rows) or b"png")
+    contact_sheet(store.folder, tmp_path / "s.png", overrides=[f"policy={mine}"], draws=1, quiet=True)
+    (rows,) = drawn
+    assert [row.name for row in rows] == ["whole policy", "torchio.RandomNoise", "brightness"]
+    as_read, bright = rows[2].images
+    assert np.allclose(bright, 3 * as_read, atol=1e-5)
