@@ -188,6 +188,8 @@ _PREPROCESSING: tuple[Code, ...] = (
     Code("refused", "label_shape_differs", "The label has another shape than its image.", "Give the label that belongs to the image."),
     Code("refused", "label_grid_differs", "The label lies elsewhere than its image.", "Resample the label to the image's grid, or mend its matrix."),
     Code("refused", "label_values_unknown", "The label has values that dataset.json does not list.", 'Fix the mask, or add the value to "labels" (ignore: "ignore": VALUE).'),
+    Code("refused", "label_name", "A mask of a structure that the data set's manifest does not name.", "Remove the file, or mend its name."),
+    Code("refused", "grid", "Channels, or image and mask, of one case lie on different grids.", "Download the case again, or resample one to the other."),
 )
 # Found when a volume is segmented; they stand in predictions.json.
 _PREDICTION: tuple[Code, ...] = (

@@ -41,8 +41,8 @@ def draw_grid(
     """Draw the mid-slices of some samples: a column per image, a row per sample and plane.
 
     The first channel is drawn, with the window of the first column, so that columns compare. Front and head are up and
-    the patient's right is on the right, as the arrays lie; a picture keeps its first row on top. What is not a number is
-    drawn blue.
+    the patient's right is on the right, as the arrays lie; a picture keeps its first row on top. What is not a number
+    is drawn blue.
 
     Args:
         images: Images of one batch by name. Shape of each: (B, C, Z, Y, X) or (B, C, Y, X).
