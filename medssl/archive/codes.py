@@ -189,6 +189,8 @@ _PREPROCESSING: tuple[Code, ...] = (
     Code("refused", "label_grid_differs", "The label lies elsewhere than its image.", "Resample the label to the image's grid, or mend its matrix."),
     Code("refused", "label_values_unknown", "The label has values that dataset.json does not list.", 'Fix the mask, or add the value to "labels" (ignore: "ignore": VALUE).'),
     Code("refused", "label_name", "A mask of a structure that the data set's manifest does not name.", "Remove the file, or mend its name."),
+    Code("refused", "label_value", "A mask holds a value that the data set's manifest does not list.", "Mend the mask, or leave the case out."),
+    Code("refused", "channels", "A file of a prepared data set has other channels than its manifest says.", "Download the case again, or leave it out."),
     Code("refused", "grid", "Channels, or image and mask, of one case lie on different grids.", "Download the case again, or resample one to the other."),
 )
 # Found when a volume is segmented; they stand in predictions.json.
