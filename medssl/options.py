@@ -209,9 +209,9 @@ MostVolumes: TypeAlias = Annotated[int, typer.Option("--most", min=2, help="Volu
 Views: TypeAlias = Annotated[int, typer.Option(min=0, help="Augmented views of each volume, for alignment and LiDAR.")]
 ViewPurpose: TypeAlias = Annotated[str, typer.Option("--purpose", help="Policy that draws the views.")]
 ProbedImages: TypeAlias = Annotated[
-    Path | None, _option("Images with labels, as for `medssl finetune classification`.", "--dataset")
+    Path, _option("Images with labels, as for `medssl finetune classification`.", "--dataset")
 ]
-ProbedStore: TypeAlias = Annotated[Path | None, _option("Store with labels, for the segmentation probe.", "--store")]
+ProbedStore: TypeAlias = Annotated[Path, _option("Store with labels of voxels.", "--store")]
 Probes: TypeAlias = Annotated[str, typer.Option(help="Of linear, knn and prototypes, with commas.")]
 Shots: TypeAlias = Annotated[str, typer.Option(help="Cases of each class for the prototypes, with commas.")]
 HeadSteps: TypeAlias = Annotated[int, typer.Option("--steps", min=1, help="Steps of the segmentation probe's head.")]

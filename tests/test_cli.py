@@ -24,6 +24,7 @@ VERBS = (
     ["evaluate", "segmentation"],
     ["evaluate", "classification"],
     ["evaluate", "probe"],
+    ["evaluate", "segmentation-probe"],
     ["evaluate", "quality"],
     ["evaluate", "ood"],
     ["embed"],
@@ -73,6 +74,38 @@ def test_spacing_that_is_no_number_is_wrong_use(monkeypatch, capsys, tmp_path: P
     code = run(monkeypatch, "preprocess", str(tmp_path), "--out", str(tmp_path / "store"), "--spacing", "1,x,1")
     assert code == 2
     assert "--spacing takes numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "typo", "words"),
+    [("--stages", "lst", "all, last"), ("--spacing", "medain", "median, native, pretraining")],
+)
+def test_a_typo_where_words_and_numbers_are_taken_names_the_words(option, typo, words, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "evaluate", "probe", "run", "--dataset", "labels.csv", option, typo) == 2
+    message = capsys.readouterr().err
+    assert words in message and typo in message
+
+
+@pytest.mark.parametrize(
+    ("verb", "source", "option"),
+    [
+        ("segmentation-probe", "--store", "--shots"),
+        ("probe", "--dataset", "--steps"),
+        ("probe", "--dataset", "--store"),
+    ],
+)
+def test_a_probe_refuses_the_options_of_the_other(verb, source, option, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "evaluate", verb, "run", source, "data", option, "5") == 2
+    assert f"No such option: {option}" in capsys.readouterr().err
+
+
+def test_stopping_does_not_promise_to_go_on_where_the_verb_cannot(monkeypatch, capsys) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medssl.cli.app", interrupt)
+    assert run(monkeypatch, "compare") == 130
+    assert "Where the verb has --resume" in capsys.readouterr().err
 
 
 def test_an_output_folder_that_is_not_empty_names_the_ways_out(monkeypatch, capsys, tmp_path: Path) -> None:

@@ -9,11 +9,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from medssl.augmentation.intensity import Range
 from medssl.augmentation.mirror import AXES, Axis
 from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings, ranges_are_ordered, to_device
 from medssl.data.draw import Draw
-
-Range = tuple[float, float]
 
 
 class AnisotropySettings(TransformSettings):

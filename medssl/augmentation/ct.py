@@ -10,7 +10,7 @@ import torch
 from pydantic import field_validator, model_validator
 from torch import Tensor
 
-from medssl.augmentation.intensity import Range, blur_along
+from medssl.augmentation.intensity import Range, blur_along, filtered_inside
 from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings, broadcast, ranges_are_ordered
 from medssl.data.draw import Draw
 from medssl.errors import DataError
@@ -172,7 +172,7 @@ class DoseNoise(Transform[DoseNoiseSettings]):
             field = channel.new_empty((*slices, rows + 2 * border, columns + 2 * border))
             field.normal_(generator=torch.Generator(device=channel.device).manual_seed(seed))
             for axis in (-2, -1):
-                field = _filtered_inside(field, axis, kernel)
+                field = filtered_inside(field, axis, kernel)
             # Filtering one axis lowers the deviation by the root of the kernel's energy.
             energy = sum(weight**2 for weight in kernel) * 2 - kernel[0] ** 2
             channel.add_(field, alpha=std / energy)
@@ -294,14 +294,3 @@ def _blur_of_impulse(sigma: Tensor) -> list[float]:
     impulse[:, 2 * reach] = 1
     weights: list[float] = blur_along(impulse, 1, sigma[None])[0, 2 * reach : 3 * reach + 1].tolist()
     return weights
-
-
-def _filtered_inside(field: Tensor, axis: int, kernel: list[float]) -> Tensor:
-    """Filter along one axis with a symmetric kernel, only where all of it lies inside the field."""
-    reach = len(kernel) - 1
-    edge = field.shape[axis] - 2 * reach
-    result = field.narrow(axis, reach, edge) * kernel[0]
-    for step in range(1, reach + 1):
-        result.add_(field.narrow(axis, reach - step, edge), alpha=kernel[step])
-        result.add_(field.narrow(axis, reach + step, edge), alpha=kernel[step])
-    return result

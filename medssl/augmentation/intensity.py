@@ -278,6 +278,17 @@ def blur_along(channels: Tensor, axis: int, sigma: Tensor) -> Tensor:
     return result
 
 
+def filtered_inside(field: Tensor, axis: int, kernel: list[float]) -> Tensor:
+    """Filter along one axis with a symmetric kernel (centre first), only where all of it lies inside the field."""
+    reach = len(kernel) - 1
+    edge = field.shape[axis] - 2 * reach
+    result = field.narrow(axis, reach, edge) * kernel[0]
+    for step in range(1, reach + 1):
+        result.add_(field.narrow(axis, reach - step, edge), alpha=kernel[step])
+        result.add_(field.narrow(axis, reach + step, edge), alpha=kernel[step])
+    return result
+
+
 def limit_(channels: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Clip in place to bounds of each channel; `clamp_` with tensors is ten times slower on the CPU (torch 2.15)."""
     torch.maximum(channels, low, out=channels)

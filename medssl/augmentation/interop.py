@@ -213,12 +213,13 @@ class Library:
 
     def move(self, placed: Placed, facts: Facts, parameters: Parameters) -> Placed:
         """Apply what moves anatomy; where it went is not known, so that `to_source_mm` becomes NaN."""
+        if not any(self._chosen(row, facts, parameters, moving=True) for row in range(len(facts))):
+            return placed
         # What shows the volume moves like a class of the label.
         inside = placed.inside.long()
         label = inside if placed.label is None else torch.cat([placed.label[:, None], inside], dim=1)
         image, moved, rows = self._applied(placed.image, label, facts, parameters, moving=True)
-        if not bool(rows.any()) or moved is None:
-            return placed
+        assert moved is not None
         which = to_device(rows, placed.to_source_mm.device).reshape(-1, 1, 1)
         return dataclasses.replace(
             placed,
@@ -241,19 +242,21 @@ class Library:
         self._tell_cost()
         return image, None if changed is None else changed[:, 0]
 
+    def _chosen(
+        self, row: int, facts: Facts, parameters: Parameters, moving: bool
+    ) -> list[tuple[LibraryTransform, int]]:
+        """Return what was drawn for a sample, with its seeds: what moves anatomy, or what leaves it in its place."""
+        entries = self.by_modality.get(facts.modality[row], ())
+        drawn = zip(entries, parameters["active"][row].tolist(), parameters["seed"][row].tolist(), strict=False)
+        return [(transform, seed) for transform, active, seed in drawn if active and transform.moves == moving]
+
     def _applied(
         self, image: Tensor, label: Tensor | None, facts: Facts, parameters: Parameters, *, moving: bool
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         rows = torch.zeros(len(facts), dtype=torch.bool)
         before = image
-        for row, modality in enumerate(facts.modality):
-            chosen = [
-                (transform, int(seed))
-                for transform, active, seed in zip(
-                    self.by_modality.get(modality, ()), parameters["active"][row], parameters["seed"][row], strict=False
-                )
-                if bool(active) and transform.moves == moving
-            ]
+        for row in range(len(facts)):
+            chosen = self._chosen(row, facts, parameters, moving)
             if not chosen:
                 continue
             if image is before:

@@ -273,13 +273,35 @@ def _boxes_taken(values: Tensor, partner: Tensor, boxes: Tensor) -> Tensor:
 
 
 def with_partner(draw: Draw, drawn: Parameters, groups: Sequence[Hashable] | None, probability: float) -> Parameters:
+    """Return the parameters and `partner` (B,); `weight` (B,) is 1 where a sample is its own partner.
+
+    Args:
+        draw: Stream of the batch.
+        drawn: Other parameters of the batch, each (B, ...), on the CPU; not modified.
+        groups: What partners must share; see `partners`.
+        probability: How often a sample has a partner.
+
+    Raises:
+        ValueError: See `partners`.
+    """
     partner = partners(draw.child("partner"), groups, probability)
+    found = {"partner": partner, **drawn}
     if "weight" in drawn:
-        drawn["weight"] = torch.where(partner == torch.arange(len(partner)), 1.0, drawn["weight"])
-    return {"partner": partner, **drawn}
+        found["weight"] = torch.where(partner == torch.arange(len(partner)), 1.0, drawn["weight"])
+    return found
 
 
 def checked_partner(image: Tensor, drawn: Parameters, label: Tensor | None) -> Tensor:
+    """Return the row of each sample's partner, after a look whether draw, images and labels fit. Shape: (B,), int64.
+
+    Args:
+        image: Shape: (B, C, *spatial), with two or three spatial axes.
+        drawn: `partner` (B,), and where boxes were drawn `boxes` (B, K, D, 2), on the CPU.
+        label: Shape: (B, ...), or None.
+
+    Raises:
+        ValueError: If the numbers of samples differ, the image has no such shape, or boxes reach out of it.
+    """
     partner = drawn["partner"]
     if image.ndim not in (4, 5) or len(image) != len(partner):
         raise ValueError(
@@ -308,4 +330,5 @@ def _is_dense(label: Tensor, image: Tensor) -> bool:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return what images of a type are computed in: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

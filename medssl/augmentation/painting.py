@@ -13,7 +13,7 @@ from torch import Tensor
 from medssl.augmentation.boxes import box_mask_of, draw_boxes_of_sides, sizes_of
 from medssl.augmentation.mixing import partners, wide
 from medssl.augmentation.pasting import overwrite_, taken
-from medssl.augmentation.transform import broadcast
+from medssl.augmentation.transform import broadcast, to_device
 from medssl.data.draw import Draw
 
 How = Literal["noise", "uniform", "zero", "mean", "alien", "background"]
@@ -301,4 +301,4 @@ def _flat_index(positions: list[list[int]], strides: list[int], device: torch.de
     flat = torch.zeros(1, dtype=torch.int64)
     for along, stride in zip(positions, strides, strict=True):
         flat = (flat[:, None] + torch.tensor(along) * stride).flatten()
-    return broadcast(flat, torch.empty(0, device=device))
+    return to_device(flat, device)

@@ -92,9 +92,23 @@ def overlapping_shifts(
     return first, first - displacement
 
 
-def shift_for(overlap: float, dimensions: int) -> float:
-    """Return the setting `shift` with which two views can overlap by no more than this part of their volume."""
-    return float((1 - overlap ** (1 / dimensions)) / 2)
+def shift_for(overlap: float, patch: Sequence[int]) -> float:
+    """Return the smallest setting `shift`, in hundredths, with which two views can overlap by no more than this.
+
+    Views are shifted by whole voxels, so that a small patch needs more than the overlap alone would.
+
+    Args:
+        overlap: Volume of the intersection, relative to the patch's.
+        patch: Size of the views, (Z, Y, X).
+
+    Returns:
+        0.01 to 1; 1 for a patch of one voxel, which is not shifted.
+    """
+    edges = torch.tensor(patch, dtype=torch.float64)
+    tried = torch.arange(1, 101, dtype=torch.float64) / 100
+    reach = torch.floor(tried[:, None] * edges * (edges > 1))
+    enough = tried[_least_overlap(edges, reach) <= overlap]
+    return float(enough[0]) if len(enough) else 1.0
 
 
 def _check(patch: Sequence[int], reach: Tensor, overlap: tuple[float, float]) -> None:
@@ -104,10 +118,9 @@ def _check(patch: Sequence[int], reach: Tensor, overlap: tuple[float, float]) ->
     edges = torch.tensor(patch, dtype=torch.float64)
     least = _least_overlap(edges, reach)
     if bool((least > high).any()):
-        dimensions = sum(edge > 1 for edge in patch)
         raise UsageError(
             f"Two views overlap by at least {float(least.max()):.2f} of their volume with this policy; asked for were "
-            f"{low:g} to {high:g}. Raise spatial.shift to {shift_for(high, dimensions):.2f} or more, which also makes "
+            f"{low:g} to {high:g}. Raise spatial.shift to {shift_for(high, patch):.2f} or more, which also makes "
             "read_size larger."
         )
     # A step along one axis changes the overlap by one voxel of its edge at most.

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl.augmentation.transform import to_device
+
 # Output voxels that are made at once on the CPU: the dozen temporaries of this size stay in the cache.
-VOXELS_AT_ONCE = 1 << 17
+VOXELS_PER_BLOCK = 1 << 17
 # Whole numbers up to here are exact in float32, which is faster to compute an index in than integers.
 EXACT_IN_FLOAT32 = 1 << 24
 
@@ -52,10 +54,10 @@ def resample(
                 moved = None if offset is None else offset[some, :, part]
                 _resample_block(image[some], matrix[some].float(), result[some], part, moved, mode, scratch)
         return result
-    theta = _moved(normalised_theta(matrix.double(), image.shape[2:], size).float(), image.device)
+    theta = to_device(normalised_theta(matrix.double(), image.shape[2:], size).float(), image.device)
     grid = F.affine_grid(theta, [len(theta), 1, *size], align_corners=False)
     if offset is not None:
-        scale = _moved(torch.tensor([2.0 / edge for edge in image.shape[2:]]), image.device)
+        scale = to_device(torch.tensor([2.0 / edge for edge in image.shape[2:]]), image.device)
         scaled = offset * scale.reshape(1, -1, *([1] * len(size)))
         grid = grid + scaled.flip(1).movedim(1, -1)
     floating = image if image.is_floating_point() else image.float()
@@ -84,14 +86,14 @@ def normalised_theta(matrix: Tensor, size_in: Sequence[int], size_out: Sequence[
 
 
 def blocks(count: int, size: Sequence[int]) -> list[tuple[slice, slice]]:
-    """Divide the output of `count` samples into blocks of about `VOXELS_AT_ONCE`: small samples, or a slab of one.
+    """Divide the output of `count` samples into blocks of about `VOXELS_PER_BLOCK`: small samples, or a slab of one.
 
     Returns:
         Samples, and range of the first spatial axis.
     """
     plane = max(1, math.prod(size[1:]))
-    samples = max(1, VOXELS_AT_ONCE // (plane * size[0]))
-    thickness = size[0] if samples > 1 else max(1, VOXELS_AT_ONCE // plane)
+    samples = max(1, VOXELS_PER_BLOCK // (plane * size[0]))
+    thickness = size[0] if samples > 1 else max(1, VOXELS_PER_BLOCK // plane)
     return [
         (slice(row, min(row + samples, count)), slice(start, min(start + thickness, size[0])))
         for row in range(0, count, samples)
@@ -145,7 +147,7 @@ class _Scratch:
 
 @lru_cache(maxsize=16)
 def _scratch_of(thread: int) -> _Scratch:
-    """Return the memory of a thread, about ten times `VOXELS_AT_ONCE` numbers."""
+    """Return the memory of a thread, about ten times `VOXELS_PER_BLOCK` numbers."""
     return _Scratch()
 
 
@@ -182,7 +184,7 @@ def _resample_slices(source: Tensor, matrix: Tensor, target: Tensor, mode: str, 
     lower = height.round() if mode == "nearest" else height.floor().clamp_(max=max(depth_in - 2, 0))
     share = height - lower
     mixes = mode == "bilinear" and bool((share != 0).any())
-    together = max(1, VOXELS_AT_ONCE // max(1, math.prod(plane_in)))
+    together = max(1, VOXELS_PER_BLOCK // max(1, math.prod(plane_in)))
     for channel, first in itertools.product(range(len(source)), range(0, depth, together)):
         some = slice(first, first + together)
         planes, result = lower[some].int(), target[channel, some]
@@ -285,7 +287,3 @@ def _mix(
     above = scratch.take(f"above {len(weights)}", out.shape, out.dtype)
     _mix(values[..., steps[0] :], index, weights[1:], steps[1:], above, scratch)
     return torch.lerp(below, above, weights[0].to(out.dtype), out=out)
-
-
-def _moved(values: Tensor, device: torch.device) -> Tensor:
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -1,7 +1,8 @@
 """Ultrasound: speckle, depth gain, acoustic shadow and display settings; what lies outside the fan keeps every bit.
 
-Grey values are seen as an amplitude above black. Black is the sample's background where it is known, else the channel's
-smallest value. A voxel that exceeds black by less than `DARK` of the channel's range is taken for outside of the fan.
+Grey values are seen as an amplitude above black. Black is the channel's smallest value or the sample's background,
+whichever is less: the background may be a placeholder, as the 0 of nnU-Net's folders is. A voxel that exceeds black by
+less than `DARK` of the channel's range is taken for outside of the fan.
 
 Depth runs along y. A picture keeps its rows, so the first row is its top, next to the probe; in a volume that was
 turned to the patient's axes y runs to anterior, and `probe` says which end the probe was at. All channels of a sample
@@ -18,6 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from medssl.augmentation.intensity import filtered_inside
 from medssl.augmentation.transform import (
     Facts,
     Parameters,
@@ -51,10 +53,11 @@ class Ultrasound(Transform[SettingsT]):
     modalities: ClassVar[frozenset[str] | None] = frozenset({"US"})
 
     def values(self, facts: Facts, rng: Draw) -> Parameters:
-        """Draw per sample, give each channel the same, and add `black` (B, C), minus infinity where it is not known."""
+        """Draw per sample, give each channel the same, and add `background` (B, C), infinity where it is not known."""
         drawn = self.of_sample(facts, rng)
-        unknown = torch.full((len(facts),), -math.inf)
-        drawn["black"] = unknown if facts.background is None else facts.background.float()
+        unknown = torch.full((len(facts),), math.inf)
+        background = unknown if facts.background is None else facts.background.float()
+        drawn["background"] = torch.where(background.isfinite(), background, unknown)
         return {
             name: value.repeat_interleave(facts.channels, 0).unflatten(0, (len(facts), -1))
             for name, value in drawn.items()
@@ -107,7 +110,7 @@ class Speckle(Ultrasound[SpeckleSettings]):
                 field.mul_(float(values["std"][row]))
                 made_from = seed
             one = channels[row : row + 1]
-            one.copy_(_multiplied(one, field[None], values["black"][row : row + 1]))
+            one.copy_(_multiplied(one, field[None], values["background"][row : row + 1]))
         return channels
 
 
@@ -140,7 +143,7 @@ class DepthAttenuation(Ultrasound[DepthAttenuationSettings]):
         """Multiply."""
         depth = _depth(channels.shape[-2], values["from_last"])
         gain = torch.expm1(-values["mu"].double()[:, None] * depth).float()
-        return _multiplied(channels, _along_y(gain, channels), values["black"])
+        return _multiplied(channels, _along_y(gain, channels), values["background"])
 
 
 class ShadowSettings(TransformSettings):
@@ -212,7 +215,7 @@ class Shadow(Ultrasound[ShadowSettings]):
             # A ramp without corners: its slope is zero at both ends.
             left.mul_(1 - lost * ramp.square() * (3 - 2 * ramp))
         gain = left.sub_(1)
-        return _multiplied(channels, gain if channels.ndim == 3 else gain[:, None], values["black"])
+        return _multiplied(channels, gain if channels.ndim == 3 else gain[:, None], values["background"])
 
 
 class GainCompressionSettings(TransformSettings):
@@ -257,7 +260,7 @@ class GainCompression(Ultrasound[GainCompressionSettings]):
         change = values["change_db"].double() * math.log(10) / 20
         after = before + change[:, 1]
         factor = torch.exp(change[:, 0]) * torch.expm1(after) / torch.expm1(before)
-        black, high = _black_and_high(channels, values["black"])
+        black, high = _black_and_high(channels, values["background"])
         unit = (channels - black).div_((high - black).clamp_(min=1e-7))
         curve = unit.mul_(broadcast(before, channels)).expm1_().mul_(broadcast(factor, channels)).log1p_()
         curve = curve.mul_(broadcast(1 / after, channels)).mul_(high - black).add_(black)
@@ -277,13 +280,8 @@ def speckle_field(like: Tensor, grain: Sequence[float], seed: int) -> Tensor:
     size = [edge + 2 * (len(kernel) - 1) for edge, kernel in zip(like.shape, kernels, strict=True)]
     generator = torch.Generator(device=like.device).manual_seed(seed)
     echoes = torch.empty((2, *size), dtype=like.dtype, device=like.device).normal_(generator=generator)
-    for axis, (edge, kernel) in enumerate(zip(like.shape, kernels, strict=True), start=1):
-        radius = len(kernel) - 1
-        total = echoes.narrow(axis, radius, edge) * kernel[0]
-        for step in range(1, radius + 1):
-            total.add_(echoes.narrow(axis, radius - step, edge), alpha=kernel[step])
-            total.add_(echoes.narrow(axis, radius + step, edge), alpha=kernel[step])
-        echoes = total
+    for axis, kernel in enumerate(kernels, start=1):
+        echoes = filtered_inside(echoes, axis, kernel)
     return torch.hypot(echoes[0], echoes[1]).sub_(RAYLEIGH_MEAN).div_(RAYLEIGH_STD)
 
 
@@ -294,23 +292,22 @@ def _half_kernel(sigma: float) -> list[float]:
     return [weight / length for weight in half]
 
 
-def _multiplied(channels: Tensor, gain: Tensor, black: Tensor) -> Tensor:
+def _multiplied(channels: Tensor, gain: Tensor, background: Tensor) -> Tensor:
     """Multiply what exceeds black by 1 + gain, inside the fan."""
-    level, high = _black_and_high(channels, black)
-    changed = torch.addcmul(channels, channels - level, gain)
-    return torch.where(_inside(channels, level, high), changed, channels)
+    black, high = _black_and_high(channels, background)
+    changed = torch.addcmul(channels, channels - black, gain)
+    return torch.where(_inside(channels, black, high), changed, channels)
 
 
 def _inside(channels: Tensor, black: Tensor, high: Tensor) -> Tensor:
     return channels > black + DARK * (high - black)
 
 
-def _black_and_high(channels: Tensor, black: Tensor) -> tuple[Tensor, Tensor]:
+def _black_and_high(channels: Tensor, background: Tensor) -> tuple[Tensor, Tensor]:
     flat = channels.flatten(1)
     each = (-1, *([1] * (channels.ndim - 1)))
     low, high = flat.amin(dim=1).reshape(each), flat.amax(dim=1).reshape(each)
-    known = broadcast(black, channels)
-    return torch.where(torch.isinf(known), low, known), high
+    return torch.minimum(low, broadcast(background, channels)), high
 
 
 def _from_last(transform: Transform[SettingsT], facts: Facts) -> Tensor:

@@ -31,7 +31,7 @@ def main() -> None:
         complain(f"Error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        complain("Stopped. The same command with --resume goes on from here.")
+        complain("Stopped. Where the verb has --resume, the same command with it goes on from here.")
         sys.exit(130)
 
 

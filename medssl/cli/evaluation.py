@@ -5,7 +5,6 @@ from __future__ import annotations
 from medssl import options as o
 from medssl.cli.apps import app, evaluate_app
 from medssl.cli.parsing import names, numbers, spacing_of, stages_of
-from medssl.errors import UsageError
 from medssl.screen import finish, say, show
 
 
@@ -86,8 +85,7 @@ def evaluate_classification(
 @evaluate_app.command("probe")
 def evaluate_probe(
     checkpoint: o.Encoder,
-    dataset: o.ProbedImages = None,
-    store: o.ProbedStore = None,
+    dataset: o.ProbedImages,
     out: o.OptionalOut = None,
     probes: o.Probes = "linear,knn,prototypes",
     labels: o.LabelsOf = None,
@@ -97,7 +95,6 @@ def evaluate_probe(
     fold: o.Fold = 0,
     labelled: o.Labelled = None,
     shots: o.Shots = "1,2,5,10,20",
-    steps: o.HeadSteps = 300,
     stages: o.Stages = "all",
     pooling: o.Pooling = "mean",
     fit: o.Fit = "whole",
@@ -113,26 +110,13 @@ def evaluate_probe(
     as_json: o.AsJson = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """What frozen features know of labels: linear, nearest neighbours, few-shot, and a segmentation probe.
+    """What frozen features know of labels of images: linear, nearest neighbours and few-shot.
 
     Example: `medssl evaluate probe run --dataset labels.csv --out probe`
     """
-    if (dataset is None) == (store is None):
-        raise UsageError("evaluate probe takes --dataset for images with classes, or --store for labels of voxels.")
-    patch = numbers(patch_size, int, "--patch-size")
-    if store is not None:
-        from medssl.evaluation.segmentation_probe import evaluate_segmentation_probe
-
-        segmentation = evaluate_segmentation_probe(
-            checkpoint, store, out, steps=steps, stages=stages_of(stages), patch_size=patch, control=control, seed=seed,
-            device=device, quiet=quiet,
-        )  # fmt: skip
-        show(segmentation, as_json)
-        return
     from medssl.evaluation.probe import evaluate_probe as run
     from medssl.transfer.images import ImageOptions
 
-    assert dataset is not None
     result = run(
         checkpoint,
         dataset,
@@ -148,9 +132,44 @@ def evaluate_probe(
         stages=stages_of(stages),
         pooling=pooling,
         fit=fit,
-        patch_size=patch,
+        patch_size=numbers(patch_size, int, "--patch-size"),
         options=ImageOptions(spacing_of(spacing), normalisation, modality, grey, quiet=quiet),
         cache=cache,
+        control=control,
+        seed=seed,
+        device=device,
+        quiet=quiet,
+    )
+    show(result, as_json)
+
+
+@evaluate_app.command("segmentation-probe")
+def evaluate_segmentation_probe(
+    checkpoint: o.Encoder,
+    store: o.ProbedStore,
+    out: o.OptionalOut = None,
+    steps: o.HeadSteps = 300,
+    stages: o.Stages = "all",
+    patch_size: o.PatchSize = None,
+    control: o.Control = True,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """What frozen features know of labels of voxels: Dice of a 1x1 head on the stages.
+
+    Example: `medssl evaluate segmentation-probe run --store labelled --out probe`
+    """
+    from medssl.evaluation.segmentation_probe import evaluate_segmentation_probe as run
+
+    result = run(
+        checkpoint,
+        store,
+        out,
+        steps=steps,
+        stages=stages_of(stages),
+        patch_size=numbers(patch_size, int, "--patch-size"),
         control=control,
         seed=seed,
         device=device,

@@ -15,8 +15,6 @@ from medssl.errors import DataError
 from medssl.files import write_text
 
 CASE, PATIENT, TARGET, PREFIX = "case", "patient", "target", "p_"
-# Between the labels of a case that has several.
-SEPARATOR = "|"
 
 
 @dataclass(frozen=True)

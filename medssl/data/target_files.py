@@ -10,7 +10,7 @@ from typing import Any
 from medssl.archive.pseudonym import open_user_key
 from medssl.archive.sniff import sniff
 from medssl.data.target_arrays import read_npz
-from medssl.data.target_table import Row, parse_target, read_table, the_kind
+from medssl.data.target_table import NONE, Row, parse_target, read_table, the_kind
 from medssl.data.targets import (
     NAMED,
     SPLIT_NAMES,
@@ -218,7 +218,7 @@ def _split(row: Row) -> str:
 
 
 def _names_of(rows: Sequence[Row]) -> list[str]:
-    names = [name for row in rows for name in row.labels if name != "-"]
+    names = [name for row in rows for name in row.labels if name != NONE]
     # Columns of 0 and 1 name their labels even where no row carries one.
     return names + [name for row in rows[:1] for name in row.columns]
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from medssl.data.generators import generator
 from medssl.errors import DataError, UsageError, unknown_name
 
-KINDS = ("multiclass", "multilabel", "ordinal")
+#: One of K classes; any of K; one of K in an order.
+Kind = Literal["multiclass", "multilabel", "ordinal"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS = ("train", "validation", "test")
 #: Share of patients that validate where the data set names no split.
 VALIDATION_SHARE = 0.2
@@ -256,7 +258,8 @@ def few(names: Sequence[str]) -> str:
 def _refuse_repeats(targets: Targets) -> None:
     seen: dict[object, Case] = {}
     for case in targets.cases:
-        key = case.volume_id or case.array or case.path
+        # One file may be spelt in several ways.
+        key = case.volume_id or case.array or (case.path and case.path.resolve())
         if key in seen:
             raise DataError(f"{case.where}: the same image as in {seen[key].where}. Keep one of the two rows.")
         seen[key] = case

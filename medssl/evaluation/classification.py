@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.data.probabilities import Probabilities, read_probabilities
+from medssl.data.targets import KINDS, Kind
 from medssl.errors import DataError, UsageError
 from medssl.evaluation.bootstrap import LEVEL, resampled_counts
 from medssl.evaluation.classification_result import ClassificationResult, Interval, resamples_for
@@ -20,8 +21,6 @@ from medssl.training.ranking import Floats, Ranking
 from medssl.training.scores import (
     BINS,
     HIGHER_IS_BETTER,
-    KINDS,
-    Kind,
     Scores,
     bin_of,
     classification_metrics,

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl.data.targets import Kind
 from medssl.errors import DataError
 from medssl.training.ranking import Floats
-from medssl.training.scores import Kind, classification_metrics
+from medssl.training.scores import classification_metrics
 
 logger = logging.getLogger(__name__)
 

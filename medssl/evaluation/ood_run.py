@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from medssl.augmentation.catalogue import CATALOGUE
 from medssl.augmentation.policy import AugmentationSettings, known_modality, policy_for
-from medssl.data.probabilities import SEPARATOR
+from medssl.data.target_table import SEPARATOR
 from medssl.errors import DataError, UsageError
 from medssl.evaluation.ood import Detector, OodResult, separation
 from medssl.evaluation.references import read_references

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from medssl.data.probabilities import SEPARATOR, Probabilities, write_probabilities
+from medssl.data.probabilities import Probabilities, write_probabilities
+from medssl.data.target_table import SEPARATOR
 from medssl.data.targets import Targets, carried
 from medssl.errors import DataError, UsageError, unknown_name
 from medssl.evaluation.bootstrap import Estimate, estimate

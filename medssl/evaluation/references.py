@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.data.probabilities import SEPARATOR, Probabilities, read_csv, refuse_repeats
+from medssl.data.probabilities import Probabilities, read_csv, refuse_repeats
+from medssl.data.target_table import SEPARATOR
 from medssl.errors import DataError
 
 CASE_COLUMNS = ("case", "volume_id", "name", "path")

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medssl.data.targets import KINDS
 from medssl.losses.precision import at_least_float32
-
-#: `multiclass`: one of K classes. `multilabel`: any of K. `ordinal`: one of K in an order, from K - 1 thresholds.
-KINDS = ("multiclass", "multilabel", "ordinal")
 
 
 def classification_error(
@@ -28,7 +26,7 @@ def classification_error(
     Args:
         logits: Outputs of the network. Shape: (B, K); (B, K - 1) for `ordinal`, the logits of "above class k".
         target: Class of each sample, int64, shape (B,); for `multilabel` 0 and 1, shape (B, K).
-        kind: One of `KINDS`.
+        kind: `multiclass`, `multilabel` or `ordinal`.
         weights: Factor of each class, or None for 1. Shape: (K,). For `multilabel` it is the factor of a positive.
         smoothing: Part of the target's mass that is spread evenly over all classes, in [0, 1); `multiclass` only.
 

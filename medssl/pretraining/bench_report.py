@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ import torch
 from medssl import registry
 from medssl.preprocessing.codec import LOSSLESS
 from medssl.pretraining.recipe import PretrainingSettings
-from medssl.training.environment import describe_environment
+from medssl.training.environment import describe_environment, processors
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -191,7 +190,7 @@ class BenchReport:
         cost = self.parts["augmentation"].seconds + self.parts["step"].seconds
         needed = math.ceil(max(self.workers, 1) * self.parts["reading"].seconds / max(cost, 1e-12))
         needed = max(needed, self.workers + 1)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = processors()
         groups = self.parts["reading"].samples // self.settings.sampling.crops_per_volume
         lines = []
         if needed <= min(cores, groups):

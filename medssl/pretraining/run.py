@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +30,7 @@ from medssl.pretraining.folder import (
 from medssl.pretraining.recipe import PretrainingSettings, exported, settle
 from medssl.training.checkpoint import SCHEMA_VERSION, load_checkpoint
 from medssl.training.devices import find_machine, launch, on_main, own_random_state
-from medssl.training.environment import library_versions
+from medssl.training.environment import library_versions, processors
 from medssl.training.loop import Job, train
 from medssl.training.method import Method, Needs
 from medssl.training.nnssl_plan import adaptation_plan
@@ -177,7 +176,7 @@ def reader_processes(settings: PretrainingSettings) -> int:
     """Return the reader processes: all but one processor, at most 8; one of two is better spent on training."""
     if settings.workers is not None:
         return settings.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = processors()
     spare = cores // settings.devices - 1
     return 0 if spare < 2 else min(spare, 8)
 

@@ -10,10 +10,11 @@ from typing import Any, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl.data.targets import Kind
 from medssl.errors import DataError
 from medssl.evaluation.overlap import HIGHER_IS_BETTER as OVERLAP_UP
 from medssl.training.scores import HIGHER_IS_BETTER as SCORES_UP
-from medssl.training.scores import Kind, Scores
+from medssl.training.scores import Scores
 
 Floats = NDArray[np.float64]
 

@@ -35,6 +35,11 @@ def library_versions() -> dict[str, str]:
     return found
 
 
+def processors() -> int:
+    """Return how many processors this process may use; a container or a queue may give it fewer than all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_environment() -> dict[str, Any]:
     """Return versions, processor and devices as plain values."""
     import torch

@@ -1,4 +1,4 @@
-"""Label-free quality of representations: pure functions of features, on any device, cheap enough for a health look.
+"""Label-free quality of representations: pure functions of features, on any device.
 
 None of them knows a label. They tell a collapsed encoder from one that is not; which of two sound encoders transfers
 better they predict only loosely, so that they complement a probe and do not replace it.
@@ -27,12 +27,19 @@ def rankme(features: Tensor, *, eps: float = 1e-7) -> Tensor:
 
     Returns:
         Scalar, float32 or wider; NaN if all features are zero.
+
+    Raises:
+        ValueError: If the features are no table with a row and a column.
     """
     return _smooth_rank(torch.linalg.svdvals(_rows(features)), eps)
 
 
 def centred_rank(features: Tensor) -> Tensor:
-    """Return the same of features less their mean: how many directions tell samples apart. NaN if all are equal."""
+    """Return the same of features less their mean: how many directions tell samples apart. NaN if all are equal.
+
+    Raises:
+        ValueError: If the features are no table with a row and a column.
+    """
     features = _rows(features)
     centred = features - features.mean(dim=0)
     # What is left of equal rows is rounding, which would look like many directions.
@@ -42,7 +49,11 @@ def centred_rank(features: Tensor) -> Tensor:
 
 
 def spectrum(features: Tensor) -> Tensor:
-    """Return the eigenvalues of the covariance, largest first. Shape: (min(N, D),)."""
+    """Return the eigenvalues of the covariance, largest first. Shape: (min(N, D),).
+
+    Raises:
+        ValueError: If the features are no table with a row and a column.
+    """
     features = _rows(features)
     return torch.linalg.svdvals(features - features.mean(dim=0)).square() / max(len(features) - 1, 1)
 
@@ -57,6 +68,9 @@ def alpha_req(features: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Alpha and R squared, scalars; NaN where fewer than five eigenvalues can be used.
+
+    Raises:
+        ValueError: If the features are no table with a row and a column.
     """
     values = spectrum(features)
     usable = int((values > 1e-10 * values[:1].clamp(min=1e-30)).sum())
@@ -116,7 +130,7 @@ def alignment(first: Tensor, second: Tensor, *, power: float = 2.0) -> Tensor:
         power: Of the distance.
 
     Raises:
-        ValueError: If the shapes differ.
+        ValueError: If the shapes differ, or the features are no table with a row and a column.
     """
     if first.shape != second.shape:
         raise ValueError(f"Alignment needs two views of one shape, got {tuple(first.shape)} and {tuple(second.shape)}")
@@ -131,6 +145,9 @@ def uniformity(features: Tensor, *, sharpness: float = 2.0) -> Tensor:
     Args:
         features: Shape: (N, D), N >= 2; of more than 2048 rows so many evenly spaced ones are used.
         sharpness: The paper's t.
+
+    Raises:
+        ValueError: If the features are no table with two rows and a column.
     """
     rows = unit(_rows(features, at_least=2))
     if len(rows) > MOST_PAIRED_ROWS:
@@ -140,7 +157,11 @@ def uniformity(features: Tensor, *, sharpness: float = 2.0) -> Tensor:
 
 
 def norms(features: Tensor) -> Tensor:
-    """Return the length of each feature. Shape: (N,)."""
+    """Return the length of each feature. Shape: (N,).
+
+    Raises:
+        ValueError: If the features are no table with a row and a column.
+    """
     return _rows(features).norm(dim=1)
 
 
@@ -148,6 +169,9 @@ def dimension_deviation(features: Tensor) -> Tensor:
     """Return the standard deviation of each dimension over samples, in units of the features' root mean square.
 
     About 1 where samples have little in common, near 0 where the dimension is the same for all. Shape: (D,).
+
+    Raises:
+        ValueError: If the features are no table with a row and a column.
     """
     features = _rows(features)
     return features.std(dim=0, correction=0) / features.square().mean().sqrt().clamp(min=1e-30)
@@ -156,28 +180,6 @@ def dimension_deviation(features: Tensor) -> Tensor:
 def unit(features: Tensor) -> Tensor:
     """Return the features at length 1; a feature of zeros stays one. Shape: (N, D)."""
     return features / features.norm(dim=1, keepdim=True).clamp(min=1e-30)
-
-
-def quick_figures(features: Tensor) -> dict[str, Tensor]:
-    """Return what is cheap enough for every health look of a pretraining, as scalars on the features' device.
-
-    Args:
-        features: One row per sample of the batch or per position of a feature map. Shape: (N, D), N >= 2.
-
-    Returns:
-        `rankme`, `centred_rank`, `uniformity`, `norm`, `norm_spread` (standard deviation over mean), `deviation` (mean
-        over dimensions) and `idle_dimensions` (share of dimensions whose deviation is below a hundredth of the mean).
-    """
-    length, deviation = norms(features), dimension_deviation(features)
-    return {
-        "rankme": rankme(features),
-        "centred_rank": centred_rank(features),
-        "uniformity": uniformity(features),
-        "norm": length.mean(),
-        "norm_spread": length.std(correction=0) / length.mean().clamp(min=1e-30),
-        "deviation": deviation.mean(),
-        "idle_dimensions": (deviation <= 0.01 * deviation.mean()).float().mean(),
-    }
 
 
 def _rows(features: Tensor, at_least: int = 1) -> Tensor:

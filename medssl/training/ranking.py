@@ -50,7 +50,7 @@ class Ranking:
         all_hits, all_alarms = hits.sum(axis=1), alarms.sum(axis=1)
         # A positive case wins against the negatives that come after its group, and half of those within it.
         wins = (hits * (all_alarms[:, None] - before - 0.5 * alarms)).sum(axis=1)
-        return _ratio(wins, all_hits * all_alarms)
+        return ratio(wins, all_hits * all_alarms)
 
     def average_precision(self, weights: Floats | None = None) -> Floats:
         """Return the area under precision over recall, as a sum of steps (not by trapezoids, which are too good).
@@ -62,7 +62,7 @@ class Ranking:
         found, alarmed = np.cumsum(hits, axis=1), np.cumsum(alarms, axis=1)
         total = found + alarmed
         precision = np.divide(found, total, out=np.zeros_like(found), where=total > 0)
-        return _ratio((precision * hits).sum(axis=1), hits.sum(axis=1))
+        return ratio((precision * hits).sum(axis=1), hits.sum(axis=1))
 
     def false_positive_rate(self, recall: float = 0.95, weights: Floats | None = None) -> Floats:
         """Return the share of negatives that are flagged at the strictest threshold reaching a recall of positives.
@@ -76,7 +76,7 @@ class Ranking:
         # A hair below the recall, since sums of weights round.
         first = np.argmax(found >= recall * all_hits[:, None] * (1 - 1e-12), axis=1)
         rate = alarmed[np.arange(len(first)), first]
-        return np.where(all_hits > 0, _ratio(rate, all_alarms), np.nan)
+        return np.where(all_hits > 0, ratio(rate, all_alarms), np.nan)
 
     def curve(self) -> tuple[Floats, Floats]:
         """Return the false and the true positive rate at each threshold, from (0, 0) to (1, 1). Shape: (T + 1,) each.
@@ -85,7 +85,7 @@ class Ranking:
         """
         hits, alarms = self._counts(None)
         rates = [np.concatenate([[0.0], np.cumsum(part[0])]) for part in (alarms, hits)]
-        return tuple(_ratio(rate, np.full_like(rate, rate[-1])) for rate in rates)  # type: ignore[return-value]
+        return tuple(ratio(rate, np.full_like(rate, rate[-1])) for rate in rates)  # type: ignore[return-value]
 
     def _counts(self, weights: Floats | None) -> tuple[Floats, Floats]:
         """Return the weight of positives and of negatives at each threshold. Shape: (R, T) each."""
@@ -95,6 +95,7 @@ class Ranking:
         return hits, alarms
 
 
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    """Return part / whole, NaN where the whole is nothing."""
-    return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """Return part / whole, broadcast, float64; NaN where the whole is nothing."""
+    part, whole = np.broadcast_arrays(np.asarray(part, np.float64), np.asarray(whole, np.float64))
+    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

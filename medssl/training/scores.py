@@ -7,15 +7,13 @@ class have no AUROC. A mean over classes is taken over the classes for which the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medssl.training.ranking import Floats, Ranking
+from medssl.data.targets import KINDS, Kind
+from medssl.training.ranking import Floats, Ranking, ratio
 
-Kind = Literal["multiclass", "multilabel", "ordinal"]
-KINDS = ("multiclass", "multilabel", "ordinal")
 BINS = 15
 HIGHER_IS_BETTER = {
     "auroc": True,
@@ -110,32 +108,32 @@ class Scores:
         table = confusion(self.probabilities.argmax(axis=1), self.targets, len(self.classes), weights)
         total, right = weights.sum(axis=1), np.diagonal(table, axis1=1, axis2=2)
         of_class, said = table.sum(axis=2), table.sum(axis=1)
-        sensitivity = _ratio(right, of_class)
-        specificity = _ratio(total[:, None] - of_class - said + right, total[:, None] - of_class)
+        sensitivity = ratio(right, of_class)
+        specificity = ratio(total[:, None] - of_class - said + right, total[:, None] - of_class)
         found = {
-            "accuracy": _ratio(right.sum(axis=1), total),
+            "accuracy": ratio(right.sum(axis=1), total),
             "balanced_accuracy": mean_of_defined(sensitivity.T),
-            "f1": mean_of_defined(_ratio(2 * right, of_class + said).T),
+            "f1": mean_of_defined(ratio(2 * right, of_class + said).T),
             "kappa": kappa(table),
         }
         if self.kind == "ordinal":
             ranks = np.arange(len(self.classes))
             apart = np.abs(ranks[:, None] - ranks)
             found["kappa_quadratic"] = kappa(table, apart**2)
-            found["mean_absolute_error"] = _ratio((table * apart).sum(axis=(1, 2)), total)
+            found["mean_absolute_error"] = ratio((table * apart).sum(axis=(1, 2)), total)
         return found, sensitivity.T, specificity.T
 
     def _of_labels(self, weights: Floats) -> tuple[dict[str, Floats], Floats, Floats]:
         columns = zip((self.probabilities >= 0.5).T, self.truth.T, strict=True)
         tables = [confusion(said.astype(np.int64), truth.astype(np.int64), 2, weights) for said, truth in columns]
         table = np.stack(tables)
-        sensitivity = _ratio(table[..., 1, 1], table[..., 1, :].sum(axis=-1))
-        specificity = _ratio(table[..., 0, 0], table[..., 0, :].sum(axis=-1))
+        sensitivity = ratio(table[..., 1, 1], table[..., 1, :].sum(axis=-1))
+        specificity = ratio(table[..., 0, 0], table[..., 0, :].sum(axis=-1))
         missed = table[..., 0, 1] + table[..., 1, 0]
         found = {
-            "accuracy": mean_of_defined(_ratio(table[..., 0, 0] + table[..., 1, 1], table.sum(axis=(-2, -1)))),
+            "accuracy": mean_of_defined(ratio(table[..., 0, 0] + table[..., 1, 1], table.sum(axis=(-2, -1)))),
             "balanced_accuracy": mean_of_defined((sensitivity + specificity) / 2),
-            "f1": mean_of_defined(_ratio(2 * table[..., 1, 1], 2 * table[..., 1, 1] + missed)),
+            "f1": mean_of_defined(ratio(2 * table[..., 1, 1], 2 * table[..., 1, 1] + missed)),
             "kappa": mean_of_defined(np.stack([kappa(each) for each in tables])),
         }
         return found, sensitivity, specificity
@@ -152,14 +150,14 @@ class Scores:
             brier = squares.sum(axis=1) / (2 if p.shape[1] == 2 else 1)
             nll = -np.log(np.clip(p[np.arange(len(p)), self.targets], smallest, 1))
         errors = [
-            _ratio(np.abs(weights @ _gaps(confidence, right)).sum(axis=1), total)
+            ratio(np.abs(weights @ _gaps(confidence, right)).sum(axis=1), total)
             for confidence, right in confidences(p, self.targets, self.kind)
         ]
         found = {"ece": mean_of_defined(np.stack(errors))}
         if self.kind == "ordinal":
             steps = np.cumsum(p, axis=1) - np.cumsum(truth, axis=1)
-            found["ranked_probability_score"] = _ratio(weights @ (steps**2).sum(axis=1), total)
-        return {**found, "brier": _ratio(weights @ brier, total), "nll": _ratio(weights @ nll, total)}
+            found["ranked_probability_score"] = ratio(weights @ (steps**2).sum(axis=1), total)
+        return {**found, "brier": ratio(weights @ brier, total), "nll": ratio(weights @ nll, total)}
 
     def _named(self, metric: str, values: Floats) -> dict[str, Floats]:
         return {f"{metric}/{name}": column for name, column in zip(self.classes, values, strict=True)}
@@ -214,7 +212,7 @@ def kappa(table: Floats, disagreement: NDArray[np.integer] | None = None) -> Flo
     cost = 1 - np.eye(table.shape[1]) if disagreement is None else disagreement
     by_chance = table.sum(axis=2)[:, :, None] * table.sum(axis=1)[:, None, :]
     expected = (cost * by_chance).sum(axis=(1, 2)) / np.maximum(table.sum(axis=(1, 2)), 1e-300)
-    return 1 - _ratio((cost * table).sum(axis=(1, 2)), expected)
+    return 1 - ratio((cost * table).sum(axis=(1, 2)), expected)
 
 
 def confidences(probabilities: Floats, targets: NDArray[np.int64], kind: str) -> list[tuple[Floats, NDArray[np.bool_]]]:
@@ -232,7 +230,7 @@ def bin_of(confidence: Floats, bins: int = BINS) -> NDArray[np.int64]:
 def mean_of_defined(values: Floats) -> Floats:
     """Return the mean over the first axis of what is not NaN; NaN where nothing is."""
     known = ~np.isnan(values)
-    return _ratio(np.where(known, values, 0.0).sum(axis=0), known.sum(axis=0).astype(np.float64))
+    return ratio(np.where(known, values, 0.0).sum(axis=0), known.sum(axis=0).astype(np.float64))
 
 
 def _gaps(confidence: Floats, right: NDArray[np.bool_]) -> Floats:
@@ -240,8 +238,3 @@ def _gaps(confidence: Floats, right: NDArray[np.bool_]) -> Floats:
     gaps = np.zeros((len(confidence), BINS))
     gaps[np.arange(len(confidence)), bin_of(confidence)] = right - confidence
     return gaps
-
-
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    part, whole = np.broadcast_arrays(np.asarray(part, np.float64), np.asarray(whole, np.float64))
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)

@@ -7,8 +7,8 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl.data.targets import KINDS, Kind
 from medssl.training.ranking import Floats
-from medssl.training.scores import KINDS, Kind
 
 logger = logging.getLogger(__name__)
 

@@ -273,12 +273,19 @@ class MedsslTransform(BasicTransform):
         """Return the dictionary with the changed image and segmentation; those that came in are not modified.
 
         Raises:
-            UsageError: If there is something else that would have to move along.
+            UsageError: If there is something else that would have to move along, or if further channels of the
+                segmentation would have to follow a library's transform.
         """
         for name in ("regression_target", "keypoints", "bbox"):
             if data_dict.get(name) is not None:
                 raise UsageError(f"MedsslTransform moves image and segmentation; it cannot move {name} along.")
         image, segmentation = data_dict["image"], data_dict.get("segmentation")
+        moving = [transform.name for transform in self.policy.library.transforms if transform.moves]
+        if segmentation is not None and len(segmentation) > 1 and moving:
+            raise UsageError(
+                f"MedsslTransform cannot move the {len(segmentation)} channels of the segmentation along with "
+                f"{', '.join(moving)}, only the first. Remove it from the policy's library list."
+            )
         seed = int(np.random.randint(2**62))
         label = None if segmentation is None else as_classes(segmentation[:1])
         read = batch_of(image[None], label, [0], self.modality, self.spacing_mm)

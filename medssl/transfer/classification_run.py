@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medssl.data.probabilities import SEPARATOR, Probabilities, write_probabilities
+from medssl.data.probabilities import Probabilities, write_probabilities
+from medssl.data.target_table import SEPARATOR
 from medssl.data.targets import Case, Targets, carried
 from medssl.losses.classification import classification_error
 from medssl.networks.build import build_from_architecture

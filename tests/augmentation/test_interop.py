@@ -18,6 +18,8 @@ import yaml
 from medssl.augmentation.interop import Library, LibraryTransform
 from medssl.augmentation.libraries import LibrarySettings
 from medssl.augmentation.policy import AugmentationSettings, policy_for
+from medssl.augmentation.spatial import Placed
+from medssl.augmentation.transform import Facts
 from medssl.data.draw import Draw
 from medssl.errors import DataError, UsageError
 from tests.augmentation.batches import make_batch, row_of
@@ -134,6 +136,17 @@ def test_where_anatomy_went_is_marked_as_unknown_for_the_samples_that_moved():
     assert torch.equal(view.image[~moved], batch.image[~moved])
     still = policy_with(GHOSTS).view(batch, Draw(0, batch.sample_index))
     assert torch.isfinite(still.to_source_mm).all() and torch.equal(still.label, batch.label)
+
+
+def test_a_batch_in_which_nothing_moves_anatomy_is_passed_on_as_it_is():
+    library = Library(
+        {"MR": [LibrarySettings(**GHOSTS), LibrarySettings(**BENDS | {"probability": 0})]}, "weak", "forbid"
+    )
+    batch = make_batch(SIZE)
+    facts = Facts(("MR",) * len(batch), batch.spacing_mm, SIZE, 1)
+    # Without tensors: nothing of it is looked at.
+    placed = Placed(image=None, inside=None, to_source_mm=None, displacement_mm=None, label=None)
+    assert library.move(placed, facts, library.draw(facts, Draw(0, batch.sample_index))) is placed
 
 
 def test_where_positions_are_needed_anatomy_may_not_be_moved():

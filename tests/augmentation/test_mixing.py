@@ -26,6 +26,7 @@ from medssl.augmentation.mixing import (
     mixup,
     partners,
     volume_fusion,
+    with_partner,
 )
 from medssl.augmentation.pasting import alien_patch, copy_paste, draw_alien_patch, draw_copy_paste
 from medssl.data.draw import Draw
@@ -266,6 +267,14 @@ def test_a_sample_without_a_partner_keeps_every_bit():
         assert torch.equal(result[0], image[0]) and not torch.equal(result[1], image[1])
     assert mixed.weight[0] == cut.weight[0] == 1 and not mask[0].any() and not where[0].any()
     assert torch.equal(follow[0], label[0]) and mask[1].any()
+
+
+def test_adding_partners_leaves_the_parameters_of_the_caller_alone():
+    weight = torch.tensor([0.25, 0.5])
+    drawn = {"weight": weight}
+    found = with_partner(Draw(0, [0, 1]), drawn, ["MR", "CT"], 1.0)
+    assert found["partner"].tolist() == [0, 1] and found["weight"].tolist() == [1, 1]
+    assert set(drawn) == {"weight"} and drawn["weight"] is weight and weight.tolist() == [0.25, 0.5]
 
 
 def test_draws_repeat_and_a_sample_has_its_parameters_in_any_batch():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -97,9 +99,31 @@ def test_the_shift_setting_makes_the_read_large_enough_for_the_largest_displacem
         assert first.inside.all() and second.inside.all()
 
 
-def test_shift_for_tells_the_setting_that_an_overlap_needs():
-    for overlap, dimensions in ((0.3, 3), (0.5, 2)):
-        assert (1 - 2 * shift_for(overlap, dimensions)) ** dimensions == pytest.approx(overlap)
+def test_a_shift_of_the_size_that_was_read_is_never_exceeded_by_rounding():
+    policy = still_policy((100, 100), shift=0.29)
+    batch = make_batch(policy.read_size, samples=2)
+    first, second = policy.pair(batch, Draw(0, batch.sample_index), (0.3, 0.5))
+    assert first.inside.all() and second.inside.all()
+
+
+def test_shift_for_tells_the_smallest_setting_that_an_overlap_needs():
+    assert shift_for(0.5, (96, 96, 96)) == 0.11
+    for overlap, patch in ((0.3, (1000, 1000, 1000)), (0.5, (1, 1000, 1000))):
+        exact = (1 - overlap ** (1 / sum(edge > 1 for edge in patch))) / 2
+        assert exact <= shift_for(overlap, patch) < exact + 0.011
+
+
+@pytest.mark.parametrize("patch", [(96, 96, 96), (16, 20, 18), (1, 33, 40), (9, 10, 12), (1, 1, 64), (2, 100, 100)])
+@pytest.mark.parametrize("overlap", [(0.38, 0.5), (0.1, 0.6), (0.0, 0.2)])
+def test_the_shift_that_an_error_advises_is_enough(patch, overlap):
+    edges = torch.tensor(patch, dtype=torch.float64)
+    draw = Draw(0, range(4))
+    with pytest.raises(UsageError, match=r"Raise spatial\.shift to 0\.\d\d or more") as caught:
+        overlapping_shifts(draw, patch, torch.zeros(4, 3), overlap)
+    advised = float(re.search(r"shift to (0\.\d\d)", str(caught.value))[1])
+    reach = torch.floor(advised * edges * (edges > 1)).repeat(4, 1)
+    first, second = overlapping_shifts(draw, patch, reach, overlap)
+    assert (shared(first, second, patch) <= overlap[1]).all()
 
 
 def test_unusable_pairs_are_named_with_a_remedy():

@@ -66,15 +66,21 @@ def test_zero_strength_is_the_identity_bit_for_bit(kind, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outside_of_the_fan_every_bit_is_kept_and_inside_grey_values_change(kind, shape, background):
     image = pictures(shape)
-    # What JPEG leaves in a black border, and what cubic resampling leaves below it.
+    # What JPEG leaves in a black border.
     image[..., 0, 0] += 0.02
-    if background is not None:
-        image[..., 1, 0] -= 0.3
     wide = {"width": (0.3, 0.5)} if kind is Shadow else {}
     result, _ = changed(kind, image, background=background, **wide)
     outside = ~fan(shape)
     assert torch.equal(result[outside].view(torch.int32), image[outside].view(torch.int32))
     assert ((result != image) & fan(shape)).flatten(1).any(dim=1).all()
+
+
+@every
+@pytest.mark.parametrize("background", [BLACK + 1.5, math.inf, -math.inf, math.nan])
+def test_a_background_that_is_a_placeholder_is_not_taken_for_black(kind, background):
+    image = pictures((4, 3, 13, 11))
+    expected, _ = changed(kind, image)
+    assert torch.equal(changed(kind, image, background=background)[0], expected)
 
 
 @every

@@ -235,6 +235,7 @@ def test_a_case_of_several_labels_carries_each_of_them() -> None:
         ({3: "images/d.png,well,p4"}, r"labels.csv line 5: 3 fields where the header has 4"),
         ({3: ",well,p4,val"}, r"labels.csv line 5: the column path is empty"),
         ({3: "images/c.png,well,p3,val"}, r"labels.csv line 5: the same image as in labels.csv line 4"),
+        ({3: "images/../images/c.png,well,p3,val"}, r"labels.csv line 5: the same image as in labels.csv line 4"),
     ],
 )  # fmt: skip
 def test_a_row_that_cannot_be_used_is_named(make_csv, change: dict[int, str], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from medssl.training.quality import (
     dimension_deviation,
     lidar,
     norms,
-    quick_figures,
     rankme,
     spectrum,
     uniformity,
@@ -153,12 +153,11 @@ def test_lengths_and_deviations_by_hand() -> None:
     np.testing.assert_allclose(dimension_deviation(z), [0, 4 / math.sqrt(12.5)], rtol=1e-6)
 
 
-def test_quick_figures_are_plain_scalars_that_a_collapse_moves() -> None:
+def test_a_collapse_moves_rank_deviation_lengths_and_uniformity() -> None:
     sound, dead = noise(64, 16).float(), torch.full((64, 16), 0.3) + 1e-9 * noise(64, 16).float()
-    found, lost = quick_figures(sound), quick_figures(dead)
-    assert all(value.ndim == 0 for value in found.values())
-    assert found["centred_rank"] > 12 and found["deviation"] > 0.9 and found["idle_dimensions"] == 0
-    assert not lost["deviation"] > 1e-4 and lost["norm_spread"] < 1e-4 and lost["uniformity"] > -1e-3
+    assert centred_rank(sound) > 12 and dimension_deviation(sound).mean() > 0.9 and uniformity(sound) < -1
+    assert not centred_rank(dead) > 2 and dimension_deviation(dead).max() < 1e-4
+    assert norms(dead).std() < 1e-4 * norms(dead).mean() and uniformity(dead) > -1e-3
 
 
 def test_half_precision_is_widened() -> None:
@@ -168,6 +167,7 @@ def test_half_precision_is_widened() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4,), (3, 0)])
-def test_what_is_no_table_of_features_is_refused(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("figure", [rankme, centred_rank, spectrum, alpha_req, uniformity, norms, dimension_deviation])
+def test_what_is_no_table_of_features_is_refused(figure: Callable[[Tensor], object], shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="Quality needs"):
-        rankme(torch.zeros(shape))
+        figure(torch.zeros(shape))

@@ -90,9 +90,8 @@ def no_waiting(monkeypatch: Any) -> Iterator[NoWaiting]:
         return call
 
     for name, module in list(sys.modules.items()):
-        for mover in ("to_device", "_moved"):
-            if name.startswith("medssl.") and callable(getattr(module, mover, None)):
-                monkeypatch.setattr(module, mover, allowed(getattr(module, mover)))
+        if name.startswith("medssl.") and callable(getattr(module, "to_device", None)):
+            monkeypatch.setattr(module, "to_device", allowed(module.to_device))
     monkeypatch.setattr(torch, "Generator", lambda device=None: _GENERATOR())
     # There is no autocast of a device without numbers.
     monkeypatch.setattr(torch, "autocast", lambda kind, **named: _AUTOCAST("cpu" if kind == "meta" else kind, **named))

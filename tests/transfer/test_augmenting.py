@@ -307,6 +307,19 @@ def test_what_cannot_be_moved_along_is_refused() -> None:
         _in_nnunet(policy, keypoints=torch.zeros(3))
 
 
+def test_further_channels_that_cannot_follow_a_library_are_refused() -> None:
+    def sample(name: str, channels: int) -> dict[str, Any]:
+        overrides = {"library": [{"transform": name, "probability": 0}]}
+        policy = policy_for("weak", ["MR"], (8, 8, 8), AugmentationSettings(overrides=overrides))
+        label = torch.zeros((channels, *policy.read_size), dtype=torch.int16)
+        return MedsslTransform(policy, "MR", spacing_mm=(1, 1, 1))(image=label[:1].float(), segmentation=label)
+
+    with pytest.raises(UsageError, match=r"2 channels of the segmentation along with torchio\.RandomAffine, only the"):
+        sample("torchio.RandomAffine", 2)
+    assert sample("torchio.RandomAffine", 1)["segmentation"].shape == (1, 8, 8, 8)
+    assert sample("torchio.RandomNoise", 2)["segmentation"].shape == (2, 8, 8, 8)
+
+
 def _seen_batches(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[dict[str, Any]]]:
     trainers: list[Any] = []
     batches: list[dict[str, Any]] = []
