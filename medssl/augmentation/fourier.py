@@ -10,6 +10,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from medssl.augmentation.intensity import Range
 from medssl.augmentation.transform import (
     Facts,
     Parameters,
@@ -20,7 +21,6 @@ from medssl.augmentation.transform import (
 )
 from medssl.data.draw import Draw
 
-Range = tuple[float, float]
 # The same index of two spectra is the same frequency only where their voxels have one size.
 SPACING_TOLERANCE = 1.1
 # A coefficient this many roundings of the largest one has no phase of its own.

@@ -266,8 +266,8 @@ class Spike(MagneticResonance[SpikeSettings]):
             if intensity == 0:
                 continue
             vectors = [
-                _wave(*facts)
-                for facts in zip(
+                _wave(*axis)
+                for axis in zip(
                     channel.shape, values["frequency"][number].tolist(), values["slice"][number].tolist(), strict=True
                 )
             ]
