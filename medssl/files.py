@@ -76,13 +76,13 @@ def sha256_of(path: Path) -> str:
 
 
 def prepare_output_folder(
-    out: Path, *, resume: bool, overwrite: bool, owned: Callable[[Path], bool] | None = None
+    out: Path, *, resume: bool | None, overwrite: bool, owned: Callable[[Path], bool] | None = None
 ) -> None:
     """Create `out`, or check that what it holds may be continued or replaced.
 
     Args:
         out: The output folder of a command.
-        resume: Continue what is there.
+        resume: Continue what is there; None for a command that cannot.
         overwrite: Remove what is there first.
         owned: Tells whether a folder was written by this command; `overwrite` never removes another.
 
@@ -102,9 +102,8 @@ def prepare_output_folder(
                 )
             shutil.rmtree(out)
         elif not resume:
-            raise UsageError(
-                f"{out} is not empty. Use --resume to continue it, --overwrite to replace it, or another --out."
-            )
+            go_on = "" if resume is None else "--resume to continue it, "
+            raise UsageError(f"{out} is not empty. Use {go_on}--overwrite to replace it, or another --out.")
     out.mkdir(parents=True, exist_ok=True)
 
 

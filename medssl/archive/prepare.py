@@ -191,7 +191,7 @@ def prepare_dataset(
             summary = index([source], out, workers=workers, key_file=key_file, overwrite=overwrite, quiet=quiet)
             write_json(out / CARD, entry.model_dump(mode="json"))
             return replace(result, written=summary.volumes, indexed=summary)
-        prepare_output_folder(out, resume=False, overwrite=overwrite, owned=lambda folder: (folder / CARD).is_file())
+        prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / CARD).is_file())
         write_json(out / CARD, entry.model_dump(mode="json"))
         if kind == "nnunet":
             write_nnunet(entry, whole, tasks, out, pool, hardlink=files == "hardlink", quiet=quiet)

@@ -87,7 +87,7 @@ def demo(out: Path, *, quiet: bool = False, quick: bool = False, overwrite: bool
     # Threads that wait for each other without spinning: on cores that others use too a step is four times as fast. Read
     # when torch is loaded, which has not happened yet on the command line.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    prepare_output_folder(out, resume=False, overwrite=overwrite, owned=lambda folder: (folder / MARKER).is_file())
+    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / MARKER).is_file())
     write_json(out / MARKER, {"kind": "demo", "quick": quick, "seed": SEED})
     tour = _Tour(out, SMALL if quick else FULL, quiet)
     tour.go()

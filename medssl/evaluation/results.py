@@ -27,11 +27,12 @@ def run_scores(run: Path, references: Path | None = None) -> Values:
         references: Folder of reference masks.
 
     Raises:
-        UsageError: If `run` is not there, or nothing says what to compare its masks with.
+        UsageError: If `run` is not there or is of another kind, or nothing says what to compare its masks with.
         DataError: If its `metrics.json` is damaged.
     """
     if not run.exists():
         raise UsageError(f"{run} does not exist.")
+    _require_segmentation(run)
     written = None if references is not None else written_scores(run)
     return _read(written) if written is not None else values_of(measure_run(run, references))
 
@@ -120,6 +121,31 @@ def values_of(result: SegmentationResult) -> Values:
         for metric in METRICS:
             values[metric][row.label][row.case] = getattr(row.scores, metric)
     return values
+
+
+def _require_segmentation(run: Path) -> None:
+    """Refuse a RUN or an evaluation of another kind by its own name.
+
+    Raises:
+        UsageError: Naming what it is and what to do with it.
+    """
+    name = run.resolve().name
+    kinds = {_kind(path) for path in (run / "run.json", run / "metrics.json")}
+    if kinds & {"classification", "classification evaluation"}:
+        raise UsageError(
+            f"{name} is a classification RUN; compare takes segmentation RUNs; for classification use `medssl protocol`."
+        )
+    if "pretraining" in kinds:
+        raise UsageError(f"{name} is a pretraining RUN: fine-tune it first, then compare the fine-tuned RUNs.")
+
+
+def _kind(path: Path) -> str | None:
+    """Return the kind that a JSON file names; None where there is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return str(content["kind"]) if isinstance(content, dict) and "kind" in content else None
 
 
 def _read(path: Path) -> Values:

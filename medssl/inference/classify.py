@@ -113,7 +113,7 @@ def classify(
     found = find_series(input)
     if not found.series and not found.refused:
         raise DataError(f"--input {input} holds no image.")
-    prepare_output_folder(out, resume=False, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
+    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
     facts = {
         "medssl_version": __version__,
         "model": {"sha256": trained.sha256, "classes": list(trained.classes), "target_kind": trained.kind,

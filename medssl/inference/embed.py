@@ -64,7 +64,7 @@ def embed_store(
     frozen = load_frozen(checkpoint, untrained=untrained, seed=seed, device=resolve_device(device))
     opened = Store.open(store)
     volumes = volumes_of_store(opened, split=split)
-    prepare_output_folder(out, resume=False, overwrite=overwrite, owned=lambda folder: (folder / FEATURES).is_file())
+    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / FEATURES).is_file())
     found = embed(frozen, volumes, stages=stages, pooling=pooling, boxes=boxes, most_boxes=most_boxes, quiet=quiet)
     found.require_finite()
     found.facts["store_hash"] = opened.hash

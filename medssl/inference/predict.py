@@ -171,7 +171,7 @@ def predict(
         axes = _mirroring(network, mirroring)
         cases, refused = find_cases(input, network.channels)
         _refuse_overlap(input, out)
-        prepare_output_folder(out, resume=False, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
+        prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
         facts = {
             "medssl_version": __version__,
             "model": {

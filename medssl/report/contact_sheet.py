@@ -85,7 +85,9 @@ def contact_sheet(
     for name, only in _one_by_one(policy.by_modality[known_modality(modality)]):
         alone = settings.model_copy(update={"overrides": merged(settings.overrides, only)})
         rows.append(_row(name, policy_for(purpose, {modality}, patch, alone), batch, draws, seed))
-    title = f"policy {purpose} on {known_modality(modality)}"
+    which = f"a crop of 1 of {len(store)} volumes" if len(store) > 1 else "the volume"
+    size = " x ".join(map(str, policy.patch_size))
+    title = f"policy {purpose} on {known_modality(modality)}: {which}, {size} voxels"
     upright = batch.modality[0] in FLAT_MODALITIES
     write_bytes(out, _picture(rows, batch.spacing_mm[0].tolist(), title, upright))
     return out

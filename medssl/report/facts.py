@@ -22,7 +22,7 @@ class RunFacts:
 
     Args:
         folder: The RUN.
-        kind: `pretraining` or `segmentation`.
+        kind: `pretraining`, `segmentation` or `classification`.
         run: `run.json`.
         recipe: `recipe.yaml` with paths cut to their last part.
         data: `data.json`.
@@ -63,7 +63,7 @@ def read_facts(folder: Path) -> RunFacts:
     for name, why in (
         ("data", "what the run learned from is not known"),
         ("environment", "versions and hardware are not known"),
-        *((("transfer", "what became of each pretrained weight is not known"),) if kind == "segmentation" else ()),
+        *((("transfer", "what became of each pretrained weight is not known"),) if kind != "pretraining" else ()),
     ):
         content = _json(folder / f"{name}.json")
         if content is None:
@@ -107,6 +107,8 @@ def _read_recipe(folder: Path, facts: RunFacts) -> None:
 def _guess_kind(folder: Path) -> str:
     if (folder / "plans.json").is_file():
         return "segmentation"
+    if (folder / "validation" / "probabilities.csv").is_file():
+        return "classification"
     if any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "recipe.yaml")):
         return "pretraining"
     raise UsageError(f"{folder} is no RUN: it has neither run.json, metrics.jsonl nor plans.json.")

@@ -15,6 +15,7 @@ from medssl.errors import UsageError
 from medssl.files import write_text
 from medssl.inference.embed import FEATURES
 from medssl.inference.predict import NOTICE
+from medssl.report.classification import Scores, describe_classification
 from medssl.report.facts import RunFacts, read_facts
 from medssl.report.figures import curve_figures
 from medssl.report.segments import Segments, describe_segments
@@ -46,9 +47,9 @@ class Picture:
 def report(run: Path) -> Path:
     """Write `report.html` into a RUN and return its path.
 
-    Works for pretraining and segmentation RUNs, also unfinished ones: what is missing is listed on the page. The
-    validation masks of a segmentation RUN are measured if that was not done yet. Of a folder of `medssl embed` the page
-    is a map of its features.
+    Works for pretraining, segmentation and classification RUNs, also unfinished ones: what is missing is listed on the
+    page. The validation masks of a segmentation RUN are measured if that was not done yet. Of a folder of `medssl
+    embed` the page is a map of its features.
 
     Args:
         run: The RUN, or the folder.
@@ -64,6 +65,7 @@ def report(run: Path) -> Path:
         return embedding_report(run)
     facts = read_facts(run)
     segments = describe_segments(facts) if facts.kind == "segmentation" else None
+    classification = describe_classification(facts) if facts.kind == "classification" else None
     figures = curve_figures(facts.metrics)
     views = _pictures(facts, [run / "views.png"], "Crops as the network receives them before the first step.")
     made = _pictures(
@@ -74,9 +76,10 @@ def report(run: Path) -> Path:
     page = _template().render(
         facts=facts,
         title=_title(facts),
-        lead=_lead(facts, segments),
-        tiles=_tiles(facts, segments),
+        lead=_lead(facts, segments, classification),
+        tiles=_tiles(facts),
         segments=segments,
+        classification=classification,
         figures=figures,
         views=views,
         reconstructions=made,
@@ -108,11 +111,14 @@ def _title(facts: RunFacts) -> str:
     if facts.kind == "pretraining":
         return f"Pretraining{f' with {str(method).upper()}' if method else ''}"
     arm = facts.run.get("arm")
-    return "Segmentation" + {"scratch": ", trained from scratch", "pretrained": ", fine-tuned"}.get(str(arm), "")
+    task = "Classification" if facts.kind == "classification" else "Segmentation"
+    return task + {"scratch": ", trained from scratch", "pretrained": ", fine-tuned"}.get(str(arm), "")
 
 
-def _lead(facts: RunFacts, segments: Segments | None) -> str:
+def _lead(facts: RunFacts, segments: Segments | None, classification: Scores | None) -> str:
     """Return what happened in a sentence or two."""
+    if classification is not None and classification.headline:
+        return f"{classification.headline} on {classification.count} validation cases."
     if segments is not None and segments.headline:
         seen = set(facts.data.get("train_cases") or ()) & set(facts.data.get("validation_cases") or ())
         if seen:
@@ -128,7 +134,7 @@ def _lead(facts: RunFacts, segments: Segments | None) -> str:
     return f"The loss went from {head:.4g} to {tail:.4g} in {facts.metrics[-1]['step']:,} steps."
 
 
-def _tiles(facts: RunFacts, segments: Segments | None) -> list[tuple[str, str]]:
+def _tiles(facts: RunFacts) -> list[tuple[str, str]]:
     tiles: list[tuple[str, str]] = []
     last = facts.metrics[-1] if facts.metrics else {}
     planned = facts.run.get("steps") or facts.recipe_values.get("steps")
@@ -141,7 +147,7 @@ def _tiles(facts: RunFacts, segments: Segments | None) -> list[tuple[str, str]]:
     counts = facts.data.get("counts")
     if isinstance(counts, Mapping):
         tiles.extend(
-            (f"{name} cases" if facts.kind == "segmentation" and name != "cases" else name, f"{value:,}")
+            (f"{name} cases" if facts.kind != "pretraining" and name != "cases" else name, f"{value:,}")
             for name, value in counts.items()
             if isinstance(value, int)
         )

@@ -145,3 +145,22 @@ def test_scores_older_than_a_mask_are_not_trusted(tmp_path: Path) -> None:
     stamp = (second / "validation" / "metrics.json").stat().st_mtime + 5
     os.utime(mask, (stamp, stamp))
     assert compare([first, second]).differences[0].estimate.mean == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("place", ["run", "validation"])
+def test_a_classification_run_is_named_and_sent_to_the_protocol(tmp_path: Path, place: str) -> None:
+    clf = tmp_path / "clf"
+    (clf / "validation").mkdir(parents=True)
+    (clf / "run.json").write_text(json.dumps({"kind": "classification"}))
+    (clf / "validation" / "metrics.json").write_text(json.dumps({"kind": "classification evaluation", "cases": 3}))
+    given = clf if place == "run" else clf / "validation"
+    with pytest.raises(UsageError, match=f"^{given.name} is a classification RUN; .*`medssl protocol`"):
+        compare([make_run(tmp_path / "other", {"a": 1}), given])
+
+
+def test_a_pretraining_run_is_named_and_has_to_be_fine_tuned_first(tmp_path: Path) -> None:
+    run = tmp_path / "pretrained"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps({"kind": "pretraining"}))
+    with pytest.raises(UsageError, match="^pretrained is a pretraining RUN: fine-tune it first"):
+        compare([run, make_run(tmp_path / "other", {"a": 1})])
