@@ -133,7 +133,8 @@ def _require_segmentation(run: Path) -> None:
     kinds = {_kind(path) for path in (run / "run.json", run / "metrics.json")}
     if kinds & {"classification", "classification evaluation"}:
         raise UsageError(
-            f"{name} is a classification RUN; compare takes segmentation RUNs; for classification use `medssl protocol`."
+            f"{name} is a classification RUN; compare takes segmentation RUNs; for classification use "
+            "`medssl protocol`."
         )
     if "pretraining" in kinds:
         raise UsageError(f"{name} is a pretraining RUN: fine-tune it first, then compare the fine-tuned RUNs.")

@@ -123,7 +123,7 @@ def _lead(facts: RunFacts, segments: Segments | None, classification: Scores | N
         seen = set(facts.data.get("train_cases") or ()) & set(facts.data.get("validation_cases") or ())
         if seen:
             return f"{segments.headline}, but {len(seen)} of the cases were trained on: these figures are too good."
-        apart = ", none of which was trained on" if facts.data.get("validation_cases") else ""
+        apart = ", none of which it was fine-tuned on" if facts.data.get("validation_cases") else ""
         return f"{segments.headline} on {segments.count} validation cases{apart}."
     losses = [row["loss"] for row in facts.metrics if isinstance(row.get("loss"), int | float)]
     if len(losses) < 2:

@@ -162,5 +162,5 @@ def test_a_pretraining_run_is_named_and_has_to_be_fine_tuned_first(tmp_path: Pat
     run = tmp_path / "pretrained"
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"kind": "pretraining"}))
-    with pytest.raises(UsageError, match="^pretrained is a pretraining RUN: fine-tune it first"):
+    with pytest.raises(UsageError, match=r"^pretrained is a pretraining RUN: fine-tune it first"):
         compare([run, make_run(tmp_path / "other", {"a": 1})])

@@ -125,7 +125,7 @@ def test_segmentation_page_shows_the_scores_that_evaluation_gives(segmentation: 
     for label in ("anterior", "posterior"):
         assert f"{written['labels'][label]['dice']['mean']:.3f}" in page
         assert f"{written['labels'][label]['hd95_mm']['mean']:.2f}" in page
-    assert "none of which was trained on" in page
+    assert "none of which it was fine-tuned on" in page
     assert "90 keys taken" in page
 
 
