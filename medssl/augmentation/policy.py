@@ -22,7 +22,7 @@ from medssl.augmentation.pairs import pair_shifts
 from medssl.augmentation.precision import full_precision
 from medssl.augmentation.spatial import Spatial
 from medssl.augmentation.spatial_settings import SpatialSettings
-from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings
+from medssl.augmentation.transform import Facts, Parameters, Transform, TransformSettings, to_device
 from medssl.config import Settings, check_settings, merged, read_yaml
 from medssl.data.batch import Batch, View, Views
 from medssl.data.draw import Draw
@@ -117,7 +117,7 @@ class Policy:
         self.library = Library({name: p.library for name, p in self.by_modality.items()}, purpose, settings.laterality)
         self.read_size = read_size_for(self.spatial)
 
-    def view(self, batch: Batch, draw: Draw, *, shift: Tensor | None = None) -> View:
+    def view(self, batch: Batch, draw: Draw, *, shift: Tensor | None = None, place: Draw | None = None) -> View:
         """Make one view of each sample: moved, cut to the patch, then changed in intensity.
 
         Two policies with the same spatial settings move a sample alike when they are given the same draw.
@@ -127,6 +127,8 @@ class Policy:
             draw: Stream of this view.
             shift: Where the patch lies, in voxels from the middle of the crop, instead of what the policy would draw.
                 Shape: (B, 3), int64, on the CPU.
+            place: Stream that the spatial part is drawn from, in place of one of `draw`: views that are given the
+                same show the same voxels in different intensities.
 
         Returns:
             For the purposes `WITH_TARGET`, `target` is the image before changes of intensity; it may share memory
@@ -138,7 +140,7 @@ class Policy:
         with torch.no_grad(), full_precision():
             modality = self._known(batch)
             facts = Facts.of(batch, modality, self.patch_size)
-            drawn: dict[str, Parameters] = {"spatial": self.spatial.draw(facts, draw.child("spatial"))}
+            drawn: dict[str, Parameters] = {"spatial": self.spatial.draw(facts, place or draw.child("spatial"))}
             if shift is not None:
                 drawn["spatial"]["shift"] = shift
             placed = self.spatial.apply(batch, drawn["spatial"])
@@ -169,6 +171,8 @@ class Policy:
             target=target,
             label=label,
             parameters=drawn,
+            sample_id=to_device(batch.sample_id, image.device),
+            extent_mm=None if batch.extent_mm is None else to_device(batch.extent_mm, image.device),
         )
 
     def two(self, batch: Batch, draw: Draw) -> Views:
@@ -195,6 +199,14 @@ class Policy:
             self.view(batch, draw.child("first"), shift=first),
             self.view(batch, draw.child("second"), shift=second),
         ]
+
+    def sibling(self, purpose: str) -> Policy:
+        """Return the policy of another purpose for the same modalities, patch and settings.
+
+        Raises:
+            UsageError: If there is no such purpose.
+        """
+        return policy_for(purpose, self.by_modality, self.patch_size, self.settings)
 
     def described(self) -> dict[str, Any]:
         """Return the resolved policy of each modality, for a recipe."""

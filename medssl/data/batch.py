@@ -50,10 +50,12 @@ class Batch(_OnDevice):
         rescale: Intercept and slope of each sample, as DICOM means them: intercept + slope * image is in the unit of
             the modality, HU in CT and SUVbw in PET. NaN where it is not known; None where it is for no sample.
             Shape: (B, 2), float32.
+        extent_mm: Size of the whole volume that a crop comes from, or None where it is not known. Shape: (B, 3),
+            float32.
     """
 
     stay_on_cpu: ClassVar[frozenset[str]] = frozenset(
-        {"sample_index", "sample_id", "origin_mm", "spacing_mm", "valid", "background", "rescale"}
+        {"sample_index", "sample_id", "origin_mm", "spacing_mm", "valid", "background", "rescale", "extent_mm"}
     )
 
     image: Tensor
@@ -67,6 +69,7 @@ class Batch(_OnDevice):
     patient_key: tuple[str, ...]
     label: Tensor | None = None
     rescale: Tensor | None = None
+    extent_mm: Tensor | None = None
 
     def __len__(self) -> int:
         return self.image.shape[0]
@@ -91,6 +94,8 @@ class View(_OnDevice):
         mask: True where a masked method hides the input, or None. Shape: (B, 1, Z, Y, X), bool.
         label: Warped label, or None. Shape: (B, Z, Y, X), int64.
         parameters: What was drawn, by transform and name, for logs and replay.
+        sample_id: Stable number of the volume that is seen, or None. Shape: (B,), int64, on the image's device.
+        extent_mm: Size of that volume, or None where it is not known. Shape: (B, 3), float32, on the image's device.
     """
 
     image: Tensor
@@ -101,6 +106,8 @@ class View(_OnDevice):
     mask: Tensor | None = None
     label: Tensor | None = None
     parameters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    sample_id: Tensor | None = None
+    extent_mm: Tensor | None = None
 
 
 Views = list[View]
@@ -126,7 +133,9 @@ def stack(batches: list[Batch]) -> Batch:
     changes: dict[str, object] = {}
     for item in dataclasses.fields(Batch):
         values = [getattr(batch, item.name) for batch in batches]
-        if isinstance(values[0], Tensor):
+        if any(value is None for value in values):
+            changes[item.name] = None
+        elif isinstance(values[0], Tensor):
             changes[item.name] = torch.cat(values)
         elif isinstance(values[0], tuple):
             changes[item.name] = sum(values, ())

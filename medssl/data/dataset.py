@@ -21,6 +21,7 @@ FACTS = np.dtype(
         ("valid", np.int64, (3, 2)),
         ("background", np.float32),
         ("rescale", np.float32, 2),
+        ("extent_mm", np.float32, 3),
     ]
 )
 
@@ -131,6 +132,7 @@ class CropReader:
             fact["valid"] = np.stack([np.subtract(start, crop.start), np.subtract(stop, crop.start)], axis=1)
             fact["background"] = entry.background
             fact["rescale"] = entry.rescale
+            fact["extent_mm"] = np.multiply(shape, entry.spacing_mm)
         for start, stop, members in plan_reads(windows):
             channels = None if crops[0].channel is None else [crops[0].channel]
             block = self.store.read(entry.id, start, stop, channels)

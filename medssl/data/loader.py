@@ -185,6 +185,7 @@ class CropLoader:
             patient_key=tuple(str(row["patient_key"]) for row in rows),
             label=label,
             rescale=torch.from_numpy(facts["rescale"].copy()),
+            extent_mm=torch.from_numpy(facts["extent_mm"].copy()),
         )
 
     def _through_stream(self, arrays: Iterator[BatchArrays]) -> Iterator[Batch]:

@@ -21,12 +21,19 @@ class Needs:
         policy: Purpose of the augmentation: `reconstruction`, `contrastive`, `weak`, `strong` or `fine-tuning`.
         crops_per_volume: Crops that must come from one volume in a batch.
         labels: Whether the batch must carry labels.
+        least_batch: Samples that one step over all devices must hold for the loss to mean something.
+        least_volumes: Volumes that the store must hold for training.
+        whole_patch: Whether the patch must fit into every volume: padding would answer, or spoil, a question about
+            position.
     """
 
     views: int = 1
     policy: str = "reconstruction"
     crops_per_volume: int = 1
     labels: bool = False
+    least_batch: int = 1
+    least_volumes: int = 1
+    whole_patch: bool = False
 
 
 @dataclass(frozen=True)
