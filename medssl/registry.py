@@ -26,6 +26,8 @@ class Entry:
         source: Paper or origin.
         summary: One line for a list.
         settings: `module:attribute` of its pydantic settings, empty where it has none.
+        sensible_batch: Samples below which it learns little, over all devices.
+        instead: Methods to try where it cannot be used, the nearest first.
     """
 
     name: str
@@ -36,6 +38,8 @@ class Entry:
     source: str
     summary: str
     settings: str = ""
+    sensible_batch: int = 1
+    instead: tuple[str, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """Return what a list of methods shows."""
@@ -44,6 +48,7 @@ class Entry:
             "family": self.family,
             "dimensions": [f"{number}D" for number in self.dimensions],
             "transfers": self.transfers,
+            "batch": self.sensible_batch,
             "summary": self.summary,
             "source": self.source,
         }

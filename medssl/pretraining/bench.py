@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from medssl import registry
-from medssl.augmentation.policy import Policy, policy_for
+from medssl.augmentation.policy import Policy
 from medssl.data.batch import Batch, Views
 from medssl.data.loader import STEPS_AHEAD, CropLoader
 from medssl.errors import UsageError
 from medssl.preprocessing.store import Store
 from medssl.pretraining.bench_report import REST, BenchReport, Part, TransformTime, peak_host_gib
 from medssl.pretraining.recipe import PretrainingSettings, settle
-from medssl.pretraining.run import build_method, given_values, make_loader, reader_processes
+from medssl.pretraining.run import build_method, given_values, make_loader, policy_of, reader_processes
 from medssl.progress import progress
 from medssl.training.devices import find_machine, launch, own_random_state
 from medssl.training.engine import Engine
@@ -79,11 +79,11 @@ def bench(
     settings = _of_one_device(given_values(recipe, overrides, method=method, workers=workers), source, device, recipe)
     fabric = launch(find_machine(device), settings.precision, device)
     kind = registry.method(settings.method).load()
-    policy = policy_for(kind.needs.policy, source.modalities, settings.patch_size, settings.augmentation)
+    policy = policy_of(kind, settings, source)
     readers = reader_processes(settings)
     with (
         own_random_state(settings.seed, fabric.device.type == "cuda"),
-        make_loader(settings, source, fabric, policy, kind.needs, "train", readers) as loader,
+        make_loader(kind, settings, source, fabric, policy, "train", readers) as loader,
         progress("Measuring", 3 + TURNS, quiet=quiet) as advance,
     ):
         engine = Engine(build_method(kind, settings, policy, loader.channels), settings, fabric)

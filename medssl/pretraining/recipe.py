@@ -15,6 +15,7 @@ from medssl.config import Settings, SettingsT, check_settings
 from medssl.errors import DataError, UsageError
 from medssl.networks.architecture import Architecture, architecture
 from medssl.preprocessing.store import Store
+from medssl.pretraining.fitness import Sample, check_fitness
 from medssl.training.devices import Machine
 from medssl.training.settings import FREE_ON_RESUME, TrainingSettings
 
@@ -150,11 +151,12 @@ def settle(values: Mapping[str, Any], store: Store, machine: Machine, where: str
     choose("pictures_every", max(50, steps // 10))
     chosen["devices"] = machine.devices
     recipe = given.model_copy(update=chosen)
-    _check_batch(recipe)
     own = recipe.of_method()
     if hasattr(own, "resolved"):
         own = own.resolved(recipe.patch_size)
         recipe = recipe.model_copy(update={name: getattr(own, name) for name in type(own).model_fields})
+    check_fitness(recipe.method, own, Sample.of(recipe, store))
+    _check_batch(recipe)
     return recipe
 
 

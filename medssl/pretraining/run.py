@@ -32,7 +32,7 @@ from medssl.training.checkpoint import SCHEMA_VERSION, load_checkpoint
 from medssl.training.devices import find_machine, launch, on_main, own_random_state
 from medssl.training.environment import library_versions, processors
 from medssl.training.loop import Job, train
-from medssl.training.method import Method, Needs
+from medssl.training.method import Method
 from medssl.training.nnssl_plan import adaptation_plan
 
 logger = logging.getLogger(__name__)
@@ -114,13 +114,13 @@ def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric,
         logger.info("Going on from %s.", saved.name)
     on_main(fabric, lambda: write_facts(out, settings, store))
     kind = registry.method(settings.method).load()
-    policy = policy_for(kind.needs.policy, store.modalities, settings.patch_size, settings.augmentation)
+    policy = policy_of(kind, settings, store)
     with ExitStack() as stack:
         readers = reader_processes(settings)
-        loader = stack.enter_context(make_loader(settings, store, fabric, policy, kind.needs, "train", readers))
+        loader = stack.enter_context(make_loader(kind, settings, store, fabric, policy, "train", readers))
         validation = None
         if settings.validate_every:
-            validation = stack.enter_context(make_loader(settings, store, fabric, policy, kind.needs, "validation", 0))
+            validation = stack.enter_context(make_loader(kind, settings, store, fabric, policy, "validation", 0))
         method = build_method(kind, settings, policy, loader.channels)
         export = _Export(settings, store, method)
         job = Job(method, settings, loader, validation, out, export, f"Pretraining {settings.method}")
@@ -129,30 +129,43 @@ def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric,
 
 def build_method(kind: type[Method], settings: PretrainingSettings, policy: Policy, in_channels: int) -> Method:
     """Return the method on a fresh network, the same for the same seed whatever was drawn before."""
+    own = settings.of_method()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        network = build_from_architecture(settings.architecture, in_channels, kind.output_channels(in_channels))
+        network = build_from_architecture(settings.architecture, in_channels, kind.output_channels(in_channels, own))
         freeze_unused_outputs(network)
-        if not kind.trains_decoder:
+        if not kind.decoder_is_trained(own):
             freeze_decoder(network)
-        return kind(network, policy, settings.of_method())
+        return kind(network, policy, own)
+
+
+def policy_of(kind: type[Method], settings: PretrainingSettings, store: Store) -> Policy:
+    """Return the policy of the first purpose of a method, which knows the policies of the others.
+
+    Raises:
+        UsageError: If there is no policy for a modality of the store, or a setting of the policy does not fit.
+    """
+    first, *_ = kind.purposes(settings.of_method())
+    return policy_for(first, store.modalities, settings.patch_size, settings.augmentation)
 
 
 def make_loader(
+    kind: type[Method],
     settings: PretrainingSettings,
     store: Store,
     fabric: Fabric,
     policy: Policy,
-    needs: Needs,
     split: Split,
     workers: int,
 ) -> CropLoader:
-    """Return the loader that a recipe, the policy's read window and the method's needs ask for."""
-    sampling = settings.sampling
+    """Return the loader that a recipe, the policies' read windows and the method's needs ask for."""
+    sampling, own = settings.sampling, settings.of_method()
+    needs = kind.needs_of(own)
+    windows = [policy.read_size, *(policy.sibling(purpose).read_size for purpose in kind.purposes(own)[1:])]
     crops = CropSettings(
         patch_size=settings.patch_size,
         batch_size=settings.batch_size,
-        read_size=policy.read_size,
+        read_size=tuple(max(edges) for edges in zip(*windows, strict=True)),
         foreground_probability=sampling.foreground_probability,
         crops_per_volume=max(sampling.crops_per_volume, needs.crops_per_volume),
         spread=sampling.spread,
@@ -214,7 +227,7 @@ class _Export:
             "patch_size": list(settings.patch_size),
             "spacing_mm": spacing,
             "normalisation": self.store.info.get("normalisation"),
-            "trains_decoder": self.method.trains_decoder,
+            "trains_decoder": self.method.decoder_is_trained(settings.of_method()),
             "modalities": modalities,
             "data_hash": self.store.hash,
             "averaged": settings.ema is not None,

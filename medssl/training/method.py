@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from medssl.config import Settings
 from medssl.data.batch import Batch, Views
 from medssl.data.draw import Draw
 from medssl.networks.encoder import Encoder
@@ -72,10 +74,39 @@ class Method(nn.Module):
     encoder: Encoder
     trains_decoder: ClassVar[bool] = False
 
-    @staticmethod
-    def output_channels(in_channels: int) -> int:
+    @classmethod
+    def output_channels(cls, in_channels: int, settings: Settings) -> int:
         """Return how many channels the network must put out; a reconstruction has those of the image."""
         return in_channels
+
+    @classmethod
+    def needs_of(cls, settings: Settings) -> Needs:
+        """Return what must be delivered for these settings; `needs`, unless the settings choose."""
+        return cls.needs
+
+    @classmethod
+    def purposes(cls, settings: Settings) -> tuple[str, ...]:
+        """Return the policies that views are made by; the crops that are read are large enough for each of them."""
+        return (cls.needs_of(settings).policy,)
+
+    @classmethod
+    def decoder_is_trained(cls, settings: Settings) -> bool:
+        """Tell whether the decoder learns with these settings; else its weights are frozen and not transferred."""
+        return cls.trains_decoder
+
+    @classmethod
+    def misfit(cls, settings: Settings, patch_size: Sequence[int], shapes: Sequence[Sequence[int]]) -> str | None:
+        """Return why the method cannot learn from volumes of these sizes, beyond what `needs` says, or None.
+
+        Args:
+            settings: The method's own.
+            patch_size: What the network sees.
+            shapes: Size (Z, Y, X) of each training volume.
+
+        Returns:
+            A sentence that names the value and what would mend it.
+        """
+        return None
 
     def views(self, batch: Batch, draw: Draw) -> Views:
         """Augment, mask and mix a batch; `draw` gives parameters per sample. Runs without gradients."""
