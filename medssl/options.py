@@ -71,6 +71,13 @@ ProtocolRecipe: TypeAlias = Annotated[
 ]
 Seconds: TypeAlias = Annotated[float, typer.Option(help="About how long to measure.")]
 RecipeSteps: TypeAlias = Annotated[int | None, _option("Steps of the optimiser.", min=1)]
+ContinueFrom: TypeAlias = Annotated[
+    Path | None,
+    _option(
+        "RUN or checkpoint to start from: all of a run of the same method with the schedule infinite, from before its "
+        "anneal; else the network's weights."
+    ),
+]
 
 Dataset: TypeAlias = Annotated[Path, _option("nnU-Net raw folder: imagesTr, labelsTr, dataset.json.")]
 StartFrom: TypeAlias = Annotated[

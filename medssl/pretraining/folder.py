@@ -86,7 +86,9 @@ def claim(out: Path, fabric: Fabric, *, resume: bool, overwrite: bool) -> Iterat
             lock.__exit__(None, None, None)
 
 
-def write_facts(out: Path, recipe: PretrainingSettings, store: Store) -> None:
+def write_facts(
+    out: Path, recipe: PretrainingSettings, store: Store, continued_from: dict[str, Any] | None = None
+) -> None:
     """Write `run.json`, `recipe.yaml`, `environment.json`, `data.json`: no path, no machine name, no id of data."""
     write_json(
         out / "run.json",
@@ -104,7 +106,8 @@ def write_facts(out: Path, recipe: PretrainingSettings, store: Store) -> None:
     if own_policy is not None and own_policy != out / POLICY:
         write_text(out / POLICY, own_policy.read_text())
     write_json(out / "environment.json", describe_environment())
-    write_json(out / "data.json", describe_data(store))
+    data = describe_data(store)
+    write_json(out / "data.json", data if continued_from is None else {**data, "continued_from": continued_from})
 
 
 def describe_data(store: Store) -> dict[str, Any]:

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from medssl import registry
 from medssl.augmentation.policy import Policy, policy_for
-from medssl.config import apply_overrides, read_yaml
+from medssl.config import apply_overrides, merged, read_yaml
 from medssl.data.loader import CropLoader
 from medssl.data.sampling import CropSettings, Split
+from medssl.errors import UsageError
 from medssl.networks.build import build_from_architecture, freeze_decoder, freeze_unused_outputs
 from medssl.preprocessing.store import Store
+from medssl.pretraining.continuing import Start, check_start, check_state, fitting, keep_start, kept_start, read_start
 from medssl.pretraining.folder import (
     claim,
     newest_checkpoint,
@@ -27,7 +29,7 @@ from medssl.pretraining.folder import (
     stored_recipe,
     write_facts,
 )
-from medssl.pretraining.recipe import PretrainingSettings, exported, settle
+from medssl.pretraining.recipe import DEFAULT_METHOD, PretrainingSettings, exported, settle
 from medssl.training.checkpoint import SCHEMA_VERSION, load_checkpoint
 from medssl.training.devices import find_machine, launch, on_main, own_random_state
 from medssl.training.environment import library_versions, processors
@@ -46,6 +48,7 @@ def pretrain(
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
     steps: int | None = None,
+    continue_from: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
@@ -64,6 +67,8 @@ def pretrain(
         recipe: YAML of settings, see `medssl.pretraining.recipe.PretrainingSettings` and the method's own.
         overrides: Settings `a.b=c` that win over the recipe.
         steps: Steps of the optimiser; wins over both.
+        continue_from: A RUN or checkpoint to start from, see `medssl.pretraining.continuing`; without a recipe the
+            RUN's own is used.
         resume: Go on from the newest intact checkpoint of `out`; without a recipe its own recipe is used.
         overwrite: Replace the pretraining in `out`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -80,7 +85,14 @@ def pretrain(
         registry.method(method)
     source, out = Store.open(store), Path(out)
     before = stored_recipe(out) if resume else None
-    values = given_values(recipe, overrides, before, method=method, steps=steps, workers=workers)
+    if continue_from is not None and resume:
+        raise UsageError("--continue-from starts a new run and --resume goes on with one: give one of them.")
+    model = stored_recipe(continue_from) if continue_from is not None and continue_from.is_dir() else before
+    values = given_values(recipe, overrides, model, method=method, steps=steps, workers=workers)
+    start = None
+    if continue_from is not None:
+        start = read_start(continue_from, str(values.get("method", DEFAULT_METHOD)))
+        values = merged(values, {"schedule": {"continued": start.state is not None}})
     devices = values.get("devices", 1)
     machine = find_machine(device, devices if isinstance(devices, int) else 1)
     settings = settle(values, source, machine, str(recipe or "settings"))
@@ -91,7 +103,7 @@ def pretrain(
         claim(out, fabric, resume=resume, overwrite=overwrite),
         own_random_state(settings.seed + fabric.global_rank, machine.cuda),
     ):
-        return _run(settings, source, out, fabric, resume=resume, quiet=quiet)
+        return _run(settings, source, out, fabric, start=start, resume=resume, quiet=quiet)
 
 
 def given_values(
@@ -103,7 +115,16 @@ def given_values(
     return values | {name: value for name, value in arguments.items() if value is not None}
 
 
-def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric, *, resume: bool, quiet: bool) -> Path:
+def _run(
+    settings: PretrainingSettings,
+    store: Store,
+    out: Path,
+    fabric: Fabric,
+    *,
+    start: Start | None,
+    resume: bool,
+    quiet: bool,
+) -> Path:
     saved = on_main(fabric, lambda: newest_checkpoint(out)) if resume else None
     state = None
     if saved is not None:
@@ -112,7 +133,14 @@ def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric,
             logger.warning("%s is finished already: nothing is left to do.", out)
             return saved
         logger.info("Going on from %s.", saved.name)
-    on_main(fabric, lambda: write_facts(out, settings, store))
+    elif start is not None:
+        begun = start
+        on_main(fabric, lambda: keep_start(out, begun))
+    if resume:
+        start = kept_start(out)
+    if state is None and start is not None:
+        state = start.state
+    on_main(fabric, lambda: write_facts(out, settings, store, start.facts if start else None))
     kind = registry.method(settings.method).load()
     policy = policy_of(kind, settings, store)
     with ExitStack() as stack:
@@ -121,18 +149,36 @@ def _run(settings: PretrainingSettings, store: Store, out: Path, fabric: Fabric,
         validation = None
         if settings.validate_every:
             validation = stack.enter_context(make_loader(kind, settings, store, fabric, policy, "validation", 0))
-        method = build_method(kind, settings, policy, loader.channels)
+        method = build_method(kind, settings, policy, loader.channels, start)
+        if saved is None and start is not None:
+            check_state(start, method)
         export = _Export(settings, store, method)
         job = Job(method, settings, loader, validation, out, export, f"Pretraining {settings.method}")
         return train(job, fabric, state=state, quiet=quiet)
 
 
-def build_method(kind: type[Method], settings: PretrainingSettings, policy: Policy, in_channels: int) -> Method:
-    """Return the method on a fresh network, the same for the same seed whatever was drawn before."""
+def build_method(
+    kind: type[Method], settings: PretrainingSettings, policy: Policy, in_channels: int, start: Start | None = None
+) -> Method:
+    """Return the method on a fresh network, the same for the same seed whatever was drawn before.
+
+    Args:
+        kind: The method.
+        settings: The resolved recipe.
+        policy: Of the method's first purpose.
+        in_channels: Channels of the crops.
+        start: Weights to begin with; output layers of another shape stay fresh.
+
+    Raises:
+        UsageError: If those are of another network.
+    """
     own = settings.of_method()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         network = build_from_architecture(settings.architecture, in_channels, kind.output_channels(in_channels, own))
+        if start is not None:
+            check_start(start, settings.architecture, in_channels)
+            network.load_state_dict(fitting(start.weights, network.state_dict()), strict=False)
         freeze_unused_outputs(network)
         if not kind.decoder_is_trained(own):
             freeze_decoder(network)

@@ -31,11 +31,15 @@ from medssl.training.guards import CollapseGuard, check_finite
 from medssl.training.method import Method, Step
 from medssl.training.metrics import MetricsWriter
 from medssl.training.pictures import draw_grid, pictures_of_views
+from medssl.training.schedules import end_of_plateau
 from medssl.training.settings import TrainingSettings
 from medssl.training.signals import Signals
 from medssl.training.state import LoopState, Window
 
 logger = logging.getLogger(__name__)
+
+#: Checkpoint from before the anneal of an `infinite` schedule: where another run can go on.
+PLATEAU = "plateau.pth"
 
 Content = Callable[[dict[str, Tensor], int, dict[str, Any] | None], dict[str, Any]]
 
@@ -117,6 +121,7 @@ class _Loop:
         self.processors: Any = dist.new_group(backend="gloo") if fabric.world_size > 1 else None
         self.metrics: MetricsWriter | None = None
         self.views: Views = []
+        self.end_of_plateau = end_of_plateau(self.settings.schedule, self.settings.steps)
         self.spacing_mm, self.modality = torch.ones(3), "MR"
         self.waited = 0.0
 
@@ -237,6 +242,8 @@ class _Loop:
         since = time.monotonic() - self.saved_at
         wish = self.signals.save_asked or since > settings.save_minutes * 60
         stop, save = self._agree(self.signals.stopped_by or 0, wish)
+        if state.step == self.end_of_plateau and not finished:
+            self._save(False, PLATEAU)
         if finished or stop or save or state.step % settings.save_every == 0:
             self._save(finished)
             self.signals.save_asked = False
@@ -255,7 +262,7 @@ class _Loop:
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.processors)
         return int(agreed[0]), bool(agreed[1])
 
-    def _save(self, finished: bool) -> None:
+    def _save(self, finished: bool, name: str | None = None) -> None:
         state = self.state
         # Weights that are not finite must never replace good ones.
         check_finite(state.window.means(), state.step, self.engine.rate)
@@ -263,7 +270,7 @@ class _Loop:
         captured = state.capture()
         if self._is_main:
             content = self.job.content(self.engine.exported_weights(), state.step, None if finished else captured)
-            save_checkpoint(self.job.run / FOLDER / checkpoint_name(state.step), content)
+            save_checkpoint(self.job.run / FOLDER / (name or checkpoint_name(state.step)), content)
             remove_old(self.job.run / FOLDER, self.settings.keep)
         self.fabric.barrier()
 

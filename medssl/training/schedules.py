@@ -23,6 +23,7 @@ class ScheduleSettings(Settings):
         plateau: Rate of the plateau of `infinite`, as a part of the peak.
         cooldown: Part of the run after which `infinite` reaches its plateau.
         anneal: Last part of the run in which `infinite` goes from the plateau to `final`.
+        continued: Whether the run goes on from the plateau of another: `infinite` then starts on it.
     """
 
     name: Literal["poly", "cosine", "constant", "infinite"] = "poly"
@@ -32,6 +33,7 @@ class ScheduleSettings(Settings):
     plateau: float = Field(default=0.3, gt=0, le=1)
     cooldown: float = Field(default=0.3, gt=0, lt=1)
     anneal: float = Field(default=0.2, gt=0, lt=1)
+    continued: bool = False
 
 
 def rate_factor(schedule: ScheduleSettings, step: int, total: int) -> float:
@@ -42,7 +44,8 @@ def rate_factor(schedule: ScheduleSettings, step: int, total: int) -> float:
         step: The step that is about to be computed, from 0.
         total: Steps of the whole run.
     """
-    warmup = min(schedule.warmup_steps, total)
+    on_plateau = schedule.name == "infinite" and schedule.continued
+    warmup = 0 if on_plateau else min(schedule.warmup_steps, total)
     if step < warmup:
         return (step + 1) / warmup
     fraction = min((step - warmup) / max(total - warmup, 1), 1.0)
@@ -51,12 +54,20 @@ def rate_factor(schedule: ScheduleSettings, step: int, total: int) -> float:
     if schedule.name == "cosine":
         return _cosine(1.0, schedule.final, fraction)
     if schedule.name == "infinite":
-        if fraction < schedule.cooldown:
+        if fraction < schedule.cooldown and not on_plateau:
             return _cosine(1.0, schedule.plateau, fraction / schedule.cooldown)
         if fraction < 1 - schedule.anneal:
             return schedule.plateau
         return _cosine(schedule.plateau, schedule.final, (fraction - 1 + schedule.anneal) / schedule.anneal)
     return 1.0
+
+
+def end_of_plateau(schedule: ScheduleSettings, total: int) -> int | None:
+    """Return the steps after which `infinite` begins to anneal, None for other schedules."""
+    if schedule.name != "infinite":
+        return None
+    warmup = 0 if schedule.continued else min(schedule.warmup_steps, total)
+    return warmup + int((total - warmup) * (1 - schedule.anneal))
 
 
 def _cosine(start: float, end: float, fraction: float) -> float:
