@@ -174,6 +174,28 @@ METHODS: dict[str, Entry] = {
             source="He et al., CVPR 2022; convolutional form as in Wald et al., CVPR 2025",
             summary="Hide blocks of the crop and restore them with the whole U-Net",
         ),
+        Entry(
+            name="s3d",
+            place="medssl.pretraining.s3d:S3D",
+            settings="medssl.pretraining.s3d:S3DSettings",
+            family="reconstruction",
+            dimensions=(2, 3),
+            transfers="encoder and decoder",
+            source="Tian et al., ICLR 2023; on U-Nets Wald et al., CVPR 2025",
+            summary="Hide blocks from the encoder altogether and restore them",
+            instead=("mae",),
+        ),
+        Entry(
+            name="amaes",
+            place="medssl.pretraining.amaes:AMAES",
+            settings="medssl.pretraining.amaes:AMAESSettings",
+            family="reconstruction",
+            dimensions=(2, 3),
+            transfers="encoder",
+            source="Munk et al., 2024",
+            summary="Restore a degraded, masked crop through the bottleneck, without skips",
+            instead=("mae",),
+        ),
     )
 }
 

@@ -7,27 +7,19 @@ rotation bring in, do not count. Encoder and decoder transfer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from medssl.augmentation.masking import block_mask
 from medssl.augmentation.policy import Policy
-from medssl.config import Settings
-from medssl.data.batch import Batch, View, Views
-from medssl.data.draw import Draw
-from medssl.losses.reconstruction import masked_mean, masked_reconstruction
-from medssl.networks.encoder import Encoder
-from medssl.pretraining.health import effective_rank, feature_std, local_mean, rows
-from medssl.training.distributed import mean_across_ranks
-from medssl.training.method import Method, Needs, Step
+from medssl.data.batch import View
+from medssl.losses.reconstruction import masked_mean
+from medssl.pretraining.masked import BlockSettings, MaskedRestoration, MaskedSettings
 
 
-class MaskSettings(Settings):
-    """What is hidden.
+class MaskSettings(BlockSettings):
+    """Which blocks are hidden, and what takes their place.
 
     Args:
         block: Edge of a hidden block in voxels, one number or one per axis; None takes about a tenth of the patch
@@ -37,12 +29,10 @@ class MaskSettings(Settings):
             visible voxels. After z-score zero is the mean; after a CT window it is a tissue of its own.
     """
 
-    block: int | tuple[int, ...] | None = None
-    ratio: float = Field(default=0.75, gt=0, lt=1)
     fill: Literal["token", "zero", "mean"] = "token"
 
 
-class MaskedAutoencoderSettings(Settings):
+class MaskedAutoencoderSettings(MaskedSettings):
     """Settings of the masked autoencoder.
 
     Args:
@@ -51,18 +41,9 @@ class MaskedAutoencoderSettings(Settings):
     """
 
     mask: MaskSettings = MaskSettings()
-    error: Literal["l2", "l1", "huber"] = "l2"
-
-    def resolved(self, patch_size: Sequence[int]) -> MaskedAutoencoderSettings:
-        """Return the settings with the block that the patch size asks for where none is given."""
-        if self.mask.block is not None:
-            return self
-        tenth = sum(patch_size) / len(patch_size) / 10
-        block = min((4, 8, 16, 32), key=lambda edge: max(edge / tenth, tenth / edge))
-        return self.model_copy(update={"mask": self.mask.model_copy(update={"block": block})})
 
 
-class MaskedAutoencoder(Method):
+class MaskedAutoencoder(MaskedRestoration):
     """Hides blocks of the crop and restores them with the whole U-Net.
 
     Args:
@@ -71,36 +52,12 @@ class MaskedAutoencoder(Method):
         settings: What is hidden, and how the error counts.
     """
 
-    needs: ClassVar[Needs] = Needs(views=1, policy="reconstruction")
     trains_decoder: ClassVar[bool] = True
+    settings: MaskedAutoencoderSettings
 
     def __init__(self, network: nn.Module, policy: Policy, settings: MaskedAutoencoderSettings) -> None:
-        super().__init__()
-        self.network = network
-        self.encoder = Encoder(network)
-        self.policy = policy
-        self.settings = settings
+        super().__init__(network, policy, settings)
         self.token = nn.Parameter(torch.zeros(self.encoder.in_channels)) if settings.mask.fill == "token" else None
-
-    def views(self, batch: Batch, draw: Draw) -> Views:
-        """Augment, then choose what to hide; the input is blanked later, where the token has its gradient."""
-        view = self.policy.view(batch, draw.child("view"))
-        size = view.image.shape[2:]
-        mask = self.settings.resolved(size).mask
-        assert mask.block is not None
-        view.mask = block_mask(draw.child("mask"), size, mask.block, mask.ratio, device=view.image.device)
-        return [view]
-
-    def losses(self, views: Views, step: Step) -> dict[str, Tensor]:
-        """Return the error on the hidden voxels that lie inside the volume."""
-        (view,) = views
-        where = self._hidden(view) & view.inside
-        return {
-            "reconstruction": masked_reconstruction(
-                self.restore(view), self._target(view), where, kind=self.settings.error,
-                count=mean_across_ranks(where.sum().float()),
-            )
-        }  # fmt: skip
 
     def restore(self, view: View) -> Tensor:
         """Return the U-Net's image of a view with blanked voxels. Shape: (B, C, *spatial)."""
@@ -115,47 +72,3 @@ class MaskedAutoencoder(Method):
         if self.settings.mask.fill == "mean":
             return torch.where(hidden, masked_mean(view.image, view.inside & ~hidden).to(view.image.dtype), view.image)
         return view.image.masked_fill(hidden, 0.0)
-
-    def health(self, views: Views) -> dict[str, float]:
-        """Return how much better than trivial fillings the restored voxels are, and whether features differ.
-
-        `error_to_mean` and `error_to_neighbours` are squared errors relative to filling in the mean of the sample's
-        visible voxels, and their mean within two blocks: 1 is no better, and a healthy run falls below 1 on both.
-        """
-        (view,) = views
-        hidden, target = self._hidden(view), self._target(view)
-        where, visible = hidden & view.inside, view.inside & ~hidden
-        error = masked_reconstruction(self.restore(view), target, where)
-        block = self.settings.resolved(target.shape[2:]).mask.block
-        reach = 2 * (block if isinstance(block, int) else max(block or (8,)))
-        mean = masked_mean(target, visible).expand_as(target)
-        to_mean = masked_reconstruction(mean, target, where)
-        to_neighbours = masked_reconstruction(local_mean(target, visible, reach), target, where)
-        features = self.encoder.stages(view.image)[-1]
-        figures = {
-            "error_to_mean": error / to_mean.clamp(min=1e-12),
-            "error_to_neighbours": error / to_neighbours.clamp(min=1e-12),
-            "feature_std": feature_std(rows(features)),
-            "effective_rank": effective_rank(rows(features)),
-        }
-        return {name: float(value) for name, value in figures.items()}
-
-    def pictures(self, views: Views) -> dict[str, Tensor]:
-        """Return target, visible part, reconstruction, and the reconstruction of the hidden part in its place."""
-        (view,) = views
-        restored, target = self.restore(view).float(), self._target(view)
-        hidden = self._hidden(view)
-        return {
-            "target": target,
-            "input": view.image.masked_fill(hidden, float("nan")),
-            "restored": torch.where(hidden, restored, target),
-            "output": restored,
-        }
-
-    def _hidden(self, view: View) -> Tensor:
-        if view.mask is None:
-            raise ValueError("The view has no mask: make it with MaskedAutoencoder.views")
-        return view.mask
-
-    def _target(self, view: View) -> Tensor:
-        return view.image if view.target is None else view.target

@@ -52,10 +52,13 @@ Pretrainer = Callable[[PretrainingJob], Path]
 
 
 def pretrain_on_pool(job: PretrainingJob) -> Path:
-    """Make the store of the pool and pretrain on it; return the RUN."""
+    """Make the store of the pool, which arms of one spacing share, and pretrain on it; return the RUN."""
     from medssl.pretraining.run import pretrain
+    from medssl.transfer.probe_images import read_labelled
 
-    store = job.task.pool_store(job.pool, job.folder, job.settings, job.workers)
+    spacing = job.settings.spacing
+    name = spacing if isinstance(spacing, str) else "x".join(f"{edge:g}" for edge in spacing)
+    store = job.task.pool_store(job.pool, job.folder.parent / f"pool_{name}", job.settings, job.workers)
     run = job.folder / "run"
     begun = (run / "recipe.yaml").is_file()
     if run.exists() and not begun:
@@ -73,6 +76,7 @@ def pretrain_on_pool(job: PretrainingJob) -> Path:
         device=job.device,
         workers=job.workers,
         quiet=True,
+        read_labelled=read_labelled,
     )
     return run
 

@@ -9,13 +9,13 @@ from itertools import count, islice
 from typing import Any
 
 from medssl import registry
-from medssl.augmentation.policy import Policy, policy_for
+from medssl.augmentation.policy import Policy
 from medssl.config import apply_overrides
 from medssl.data.batch import Views
 from medssl.data.loader import CropLoader
 from medssl.preprocessing.store import Store
 from medssl.pretraining.recipe import PretrainingSettings, settle
-from medssl.pretraining.run import build_method, make_loader, reader_processes
+from medssl.pretraining.run import build_method, make_loader, policy_of, reader_processes
 from medssl.training.devices import find_machine, launch
 from medssl.training.engine import Engine
 from medssl.training.method import Step
@@ -52,12 +52,12 @@ class Parts:
 
 @contextmanager
 def parts_of(store: Store, device: str, overrides: Sequence[str]) -> Iterator[Parts]:
-    """Build the parts of a masked autoencoder's recipe."""
+    """Build the parts of a recipe, a masked autoencoder's unless it names another method."""
     settings = settle(apply_overrides({}, overrides), store, find_machine(device), "benchmark")
     fabric = launch(find_machine(device), settings.precision, device)
     kind = registry.method(settings.method).load()
-    policy = policy_for(kind.needs.policy, store.modalities, settings.patch_size, settings.augmentation)
-    with make_loader(settings, store, fabric, policy, kind.needs, "train", reader_processes(settings)) as loader:
+    policy = policy_of(kind, settings, store)
+    with make_loader(kind, settings, store, fabric, policy, "train", reader_processes(settings)) as loader:
         engine = Engine(build_method(kind, settings, policy, loader.channels), settings, fabric)
         engine.start()
         yield Parts(engine, loader, policy, settings)

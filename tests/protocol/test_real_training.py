@@ -64,7 +64,7 @@ def test_segmentation_from_pretraining_to_the_page(make_dataset: MakeDataset, tm
     assert settings["strong"]["augmentation"] == "medssl-strong" and settings["scratch"]["augmentation"] == "nnunet"
     assert settings["scratch"]["checkpoint"] is None and settings["encoder"]["transfer_decoder"] is False
     parts = json.loads((tmp_path / "out" / "splits" / "balls.json").read_text())["parts"]
-    store = tmp_path / "out" / "pretraining" / "balls" / "pretrained" / "store"
+    store = tmp_path / "out" / "pretraining" / "balls" / "pool_median" / "store"
     seen = {path.name.removesuffix(".b2nd") for path in store.glob("*.b2nd")}
     assert seen == set(parts["pool"]), "pretraining saw the pool, without labels and without other cases"
     before = (tmp_path / "out" / "results.json").read_bytes()
