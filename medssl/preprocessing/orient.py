@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -76,15 +77,22 @@ def _turn(
     return (axes[0], axes[1], axes[2]), (flipped[0], flipped[1], flipped[2])
 
 
-def _directions(affine: NDArray[np.float64]) -> list[tuple[int, int]]:
+def _directions(affine: NDArray[np.float64]) -> tuple[tuple[int, int], ...]:
     """Return for the stored x, y, z the direction of the patient (R = 0, A = 1, S = 2) and the sign."""
+    return _directions_of(np.asarray(affine, np.float64).tobytes())
+
+
+@lru_cache(maxsize=64)
+def _directions_of(matrix: bytes) -> tuple[tuple[int, int], ...]:
+    """Find the directions of a matrix once: the thousands of images of one file have the same."""
     from nibabel.orientations import io_orientation
 
+    affine = np.frombuffer(matrix, np.float64).reshape(4, 4)
     found = io_orientation(affine)
     if np.isnan(found).any():
         letters = orientation_of(affine)
-        return [(_world(letter), 1 if letter in "RAS" else -1) for letter in letters]
-    return [(int(world), int(sign)) for world, sign in found]
+        return tuple((_world(letter), 1 if letter in "RAS" else -1) for letter in letters)
+    return tuple((int(world), int(sign)) for world, sign in found)
 
 
 def _world(letter: str) -> int:

@@ -26,6 +26,7 @@ from medssl.files import write_json
 from medssl.preprocessing.codec import LOSSLESS, Encoding
 from medssl.preprocessing.store_files import (
     LABEL_SUFFIX,
+    PACKED,
     SCHEMA_VERSION,
     STORE_FILE,
     UNFINISHED_FILE,
@@ -36,6 +37,7 @@ from medssl.preprocessing.store_files import (
     read_json,
     read_table,
     remove_leftovers,
+    table_row,
     volume_is_complete,
     write_volume,
 )
@@ -74,6 +76,10 @@ class Store:
             raise UsageError(f"{folder} is not a folder; --store needs a store. `medssl preprocess` makes one.")
         if (folder / STORE_FILE).is_file():
             info = read_table(folder / STORE_FILE)
+            if info.get("kind") == PACKED:
+                from medssl.preprocessing.packed import PackedStore
+
+                return PackedStore.of_folder(folder, info)
             if info.get("kind") != "store" or info.get("schema_version", 0) > SCHEMA_VERSION:
                 raise DataError(
                     f"{folder / STORE_FILE} is of schema {info.get('schema_version')}; this medssl reads up to "
@@ -305,9 +311,7 @@ class StoreWriter:
             if path.name in (STORE_FILE, UNFINISHED_FILE) or not volume_is_complete(self.out, path.stem):
                 continue
             facts = read_json(path)
-            kept = ("modality", "patient_key", "split", "shape", "spacing_mm", "has_label", "voxels_sha256")
-            digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-            rows.append({"id": path.stem, **{key: facts[key] for key in kept}, "facts_sha256": digest})
+            rows.append(table_row(path.stem, facts))
             encoding, size = Encoding.of_facts(facts), math.prod(facts["shape"])
             largest = max(largest, encoding.largest_error)
             squares, voxels = squares + encoding.rms_error**2 * size, voxels + size

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from medssl.errors import DataError, MedsslError
 from medssl.files import write_bytes
-from medssl.preprocessing.codec import LOSSLESS, encode
+from medssl.preprocessing.codec import LOSSLESS, Encoding, encode
 
 STORE_FILE = "store.json"
 #: Settings of a store that is being written; what `--resume` compares.
@@ -27,6 +27,8 @@ UNFINISHED_FILE = "unfinished.json"
 #: Volumes that could not be used, with their reason codes.
 FAILED_FILE = "failed.json"
 LABEL_SUFFIX = "_seg"
+#: Kind of a store whose volumes share few files; see `packed`.
+PACKED = "packed"
 #: 1 had floats only; since 2 the facts of a volume name its codec.
 SCHEMA_VERSION = 2
 MAX_FOREGROUND = 512
@@ -37,6 +39,7 @@ CHUNK_2D, BLOCK_2D = 512, 64
 COMPRESSOR, LEVEL, FILTER = blosc2.Codec.LZ4HC, 1, blosc2.Filter.NOFILTER
 #: Columns of `store.json` that went into its hash and tell a reader nothing.
 _HASHES = ("voxels_sha256", "facts_sha256")
+_TABLE = ("modality", "patient_key", "split", "shape", "spacing_mm", "has_label", "voxels_sha256")
 _SHARED = ("modality", "split", "patient_key", "shape", "spacing_mm")
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}-.+")
@@ -122,15 +125,37 @@ def write_volume(
         label = np.ascontiguousarray(label[None], dtype=np.int16)
         digest.update(label.data)
         contents[volume_id + LABEL_SUFFIX] = compress(label)
+    facts = checked_facts(volume_id, properties, stored, encoding, label is not None, digest.hexdigest())
+    facts["files"] = {stem: [len(content), zlib.crc32(content)] for stem, content in contents.items()}
+    # Flushing each file would take longer than preprocessing a small volume: `StoreWriter.finish` flushes all, and what
+    # a power cut took before that is found by its checksum.
+    for stem, content in contents.items():
+        write_bytes(out / f"{stem}.b2nd", content, durable=False)
+    text = json.dumps(facts, indent=None, sort_keys=True, allow_nan=False)
+    write_bytes(out / f"{volume_id}.json", text.encode(), durable=False)
+
+
+def checked_facts(
+    volume_id: str,
+    properties: Mapping[str, Any],
+    stored: NDArray[Any],
+    encoding: Encoding,
+    has_label: bool,
+    voxels_sha256: str,
+) -> dict[str, Any]:
+    """Return what is written down of a volume; JSON-able.
+
+    Raises:
+        ValueError: If a property is missing or does not fit.
+    """
     facts = {
         **properties,
         "schema_version": SCHEMA_VERSION,
-        "shape": list(array.shape),
+        "shape": list(stored.shape),
         "dtype": stored.dtype.name,
         "codec": encoding.to_json(),
-        "has_label": label is not None,
-        "voxels_sha256": digest.hexdigest(),
-        "files": {stem: [len(content), zlib.crc32(content)] for stem, content in contents.items()},
+        "has_label": has_label,
+        "voxels_sha256": voxels_sha256,
     }
     try:
         entry = entry_of(volume_id, facts)
@@ -140,12 +165,13 @@ def write_volume(
         raise ValueError(f"{volume_id}: {len(entry.foreground)} foreground voxels, at most {MAX_FOREGROUND} are kept")
     facts["foreground"] = entry.foreground.tolist()
     facts["background"] = encoding.nearest(entry.background)
-    # Flushing each file would take longer than preprocessing a small volume: `StoreWriter.finish` flushes all, and what
-    # a power cut took before that is found by its checksum.
-    for stem, content in contents.items():
-        write_bytes(out / f"{stem}.b2nd", content, durable=False)
-    text = json.dumps(facts, indent=None, sort_keys=True, allow_nan=False)
-    write_bytes(out / f"{volume_id}.json", text.encode(), durable=False)
+    return facts
+
+
+def table_row(volume_id: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of a volume in `store.json`."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {"id": volume_id, **{key: facts[key] for key in _TABLE}, "facts_sha256": digest}
 
 
 def can_name_a_volume(volume_id: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ from medssl.archive.volume import IMAGE_MODALITY, Volume
 from medssl.data.target_arrays import opened_npz
 from medssl.data.targets import Case, Targets, few
 from medssl.errors import DataError, InputRefused, UsageError
-from medssl.preprocessing.case import prepare
+from medssl.files import sha256_of
+from medssl.preprocessing.case import Plan, prepare
+from medssl.preprocessing.packed import SMALL, PackedWriter
 from medssl.preprocessing.run import check_options, preprocess_source
 from medssl.preprocessing.source import Job, Source, open_source
 from medssl.preprocessing.store import Store, StoreWriter
-from medssl.preprocessing.store_files import FAILED_FILE, STORE_FILE
+from medssl.preprocessing.store_files import FAILED_FILE, PACKED, STORE_FILE
 from medssl.preprocessing.survey import plan_of
 from medssl.progress import progress
 from medssl.transfer.image_fit import fit_image
@@ -54,6 +57,9 @@ class ImageOptions:
 
 def volume_store(targets: Targets, dataset: Path, folder: Path, options: ImageOptions) -> tuple[Store, dict[str, str]]:
     """Return a store with the images of a data set, made in `folder` unless it is there or the data set is one.
+
+    A store is known by what it was made of (a .npz by the hash of its content, files by size and time) and by what was
+    done to it, so that runs that share the folder share it. Of a .npz it is made whole or not at all.
 
     Statistics that normalisation needs (CT and PET) are taken over all images, without looking at labels.
 
@@ -102,6 +108,9 @@ def fitted_store(
 ) -> Store:
     """Return a store of the same images at the size that a patch needs; see `medssl.transfer.image_fit`.
 
+    Small images (`medssl.preprocessing.packed.SMALL`) are packed and made whole or not at all; of larger ones, those
+    that an interrupted run made are kept.
+
     Args:
         store: The images.
         cases: Id in it by the name of each case; the new store has the names.
@@ -132,27 +141,39 @@ def fitted_store(
         "spacing": {"mode": "native", "mm": None},
         "normalisation": store.info.get("normalisation"),
     }
+    small = 4 * math.prod(read) * max(channels) <= SMALL
+    settings |= {"layout": PACKED} if small else {}
     out = folder / f"images-{_digest(json.dumps(settings, sort_keys=True))}"
     if (out / STORE_FILE).is_file():
         return Store.open(out)
-    writer = StoreWriter(out, settings, resume=True)
+
+    def fitted(name: str) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        entry = store.entry(name)
+        image = store.read(name, (0, 0, 0), entry.shape[1:])
+        image = image.mean(axis=0, keepdims=True) if options.grey else image
+        result, spacing = fit_image(image, entry.spacing_mm, patch, window, fit)
+        facts = {
+            "spacing_mm": list(spacing),
+            "modality": entry.modality,
+            "patient_key": entry.patient_key,
+            "split": entry.split,
+            "background": entry.background,
+            "foreground": [],
+            "normalisation": entry.properties.get("normalisation"),
+        }
+        return result, {key: value for key, value in facts.items() if value is not None}
+
     with progress("Fitting images", len(cases), quiet=options.quiet) as advance:
+        if small:
+            with PackedWriter(out, settings) as packed:
+                for case, name in cases.items():
+                    packed.add(case, *fitted(name))
+                    advance()
+                return packed.finish()
+        writer = StoreWriter(out, settings, resume=True)
         for case, name in cases.items():
             if not writer.complete(case):
-                entry = store.entry(name)
-                image = store.read(name, (0, 0, 0), entry.shape[1:])
-                image = image.mean(axis=0, keepdims=True) if options.grey else image
-                small, spacing = fit_image(image, entry.spacing_mm, patch, window, fit)
-                facts = {
-                    "spacing_mm": list(spacing),
-                    "modality": entry.modality,
-                    "patient_key": entry.patient_key,
-                    "split": entry.split,
-                    "background": entry.background,
-                    "foreground": [],
-                    "normalisation": entry.properties.get("normalisation"),
-                }
-                writer.add(case, small, {key: value for key, value in facts.items() if value is not None})
+                writer.add(case, *fitted(name))
             advance()
     return writer.finish()
 
@@ -215,9 +236,8 @@ def _of_npz(targets: Targets, path: Path, folder: Path, options: ImageOptions) -
     """Write the images of a .npz; their voxels have no size, so that none is changed."""
     if options.spacing not in ("median", "native"):
         raise UsageError("Images of a .npz have no voxel size: leave --spacing away.")
-    status = path.stat()
     # Runs that share the folder may use other cases of the same file.
-    source_hash = _digest(f"{status.st_size}|{status.st_mtime_ns}", *(case.name for case in targets.cases))
+    source_hash = _digest(sha256_of(path), *(case.name for case in targets.cases))
     info = {
         "normalisation": options.normalisation,
         "spacing": {"mode": "native", "mm": None},
@@ -225,27 +245,31 @@ def _of_npz(targets: Targets, path: Path, folder: Path, options: ImageOptions) -
         "codec": "lossless",
         "fingerprint": {"intensities": {}},
         "modality": options.modality,
-        "provenance": {"source": "npz", "source_hash": source_hash,
-                       "volumes_selected": len(targets.cases)},
-    }  # fmt: skip
+        "provenance": {"source": "npz", "source_hash": source_hash, "volumes_selected": len(targets.cases)},
+    }
     out = folder / f"volumes-{_digest(json.dumps(info, sort_keys=True))}"
     if (out / STORE_FILE).is_file():
         return Store.open(out)
-    writer, plan = StoreWriter(out, info, resume=True), plan_of(info)
-    with opened_npz(path) as content, progress("Reading images", len(targets.cases), quiet=options.quiet) as advance:
+    plan = plan_of(info)
+    with (
+        opened_npz(path) as content,
+        progress("Reading images", len(targets.cases), quiet=options.quiet) as advance,
+        PackedWriter(out, info) as writer,
+    ):
         name, images = "", np.empty(0)
         for case in targets.cases:
             assert case.array is not None
             if case.array[0] != name:
                 name = case.array[0]
                 images = np.asarray(content[name])
-            if not writer.complete(case.name):
-                _add(writer, case, images[case.array[1]], plan, options)
+            writer.add(case.name, *_prepared(case, images[case.array[1]], plan, options))
             advance()
-    return writer.finish()
+        return writer.finish()
 
 
-def _add(writer: StoreWriter, case: Case, image: NDArray[Any], plan: Any, options: ImageOptions) -> None:
+def _prepared(
+    case: Case, image: NDArray[Any], plan: Plan, options: ImageOptions
+) -> tuple[NDArray[np.float32], dict[str, Any]]:
     array, channels = _channels_first(image)
     modality = options.modality or IMAGE_MODALITY
     try:
@@ -256,7 +280,7 @@ def _add(writer: StoreWriter, case: Case, image: NDArray[Any], plan: Any, option
     except InputRefused as error:
         place = f"{case.array[0]}[{case.array[1]}]" if case.array else case.where
         raise DataError(f"{place}: {error}. Mend or remove the image.") from error
-    writer.add(case.name, prepared.array, {**prepared.facts, "patient_key": case.patient_key, "split": case.split})
+    return prepared.array, {**prepared.facts, "patient_key": case.patient_key, "split": case.split}
 
 
 def _channels_first(image: NDArray[Any]) -> tuple[NDArray[Any], str]:
