@@ -92,10 +92,19 @@ class Combined(Method):
         super().__init__()
         self.network = network
         self.encoder = Encoder(network)
+        self.policy = policy
         self.methods: dict[str, Method] = {}
+        before = {name: weight.requires_grad for name, weight in network.named_parameters()}
+        learns = dict.fromkeys(before, False)
         for name, kind, own in _kinds(settings):
             first, *_ = kind.purposes(own)
             self.methods[name] = kind(network, policy if first == policy.purpose else policy.sibling(first), own)
+            # A method may hold parts of the network still; what another one trains has to learn all the same.
+            for key, weight in network.named_parameters():
+                learns[key] |= weight.requires_grad
+                weight.requires_grad_(before[key])
+        for key, weight in network.named_parameters():
+            weight.requires_grad_(learns[key])
         # Registered, so that heads, teachers and queues are trained and saved; the network keeps its one name too.
         self.parts = nn.ModuleDict(self.methods)
 

@@ -16,7 +16,13 @@ from medssl.training.method import Method
 
 #: Settings that make a method small enough for a test, by method; sizes are for patches of 16.
 SMALL_HEAD = {"projector": {"hidden": 16, "width": 8}}
-SMALL: dict[str, dict[str, Any]] = {"mae": {"mask": {"block": 4}}}
+# A queue that starts empty lets the loss rise while it fills, so that it is short here.
+FAST_TEACHER = {"momentum": 0.9, "final": 0.99}
+SMALL: dict[str, dict[str, Any]] = {
+    "mae": {"mask": {"block": 4}},
+    "moco": {**SMALL_HEAD, "queue": 1, "teacher": FAST_TEACHER},
+    "densecl": {**SMALL_HEAD, "queue": 1, "dense_queue": 1, "teacher": FAST_TEACHER},
+}
 SIZES = {2: (32, 32), 3: (16, 16, 16)}
 # What mixes a sample with its batch mates differs between one process and two.
 ALONE = AugmentationSettings(overrides={"intensity": {"fourier_mix": None}})
@@ -27,12 +33,17 @@ def cases() -> list[tuple[str, int]]:
     return [(name, dimensions) for name, entry in registry.METHODS.items() for dimensions in entry.dimensions]
 
 
+def size_of(name: str, dimensions: int) -> tuple[int, ...]:
+    """Return the patch; VoCo divides it, and its parts must be larger than the network's stride."""
+    return (32,) * dimensions if name == "voco" else SIZES[dimensions]
+
+
 def settings_of(name: str, dimensions: int) -> Settings:
     """Return small settings of a method, resolved for the test's patch."""
     kind = registry.method(name).load_settings()
     values = SMALL.get(name, SMALL_HEAD if "projector" in kind.model_fields else {})
     settings: Settings = kind(**values)
-    return settings.resolved(SIZES[dimensions]) if hasattr(settings, "resolved") else settings
+    return settings.resolved(size_of(name, dimensions)) if hasattr(settings, "resolved") else settings
 
 
 def build(name: str, dimensions: int, seed: int = 0, settings: Settings | None = None) -> Method:
@@ -44,7 +55,7 @@ def build(name: str, dimensions: int, seed: int = 0, settings: Settings | None =
     freeze_unused_outputs(network)
     if not kind.decoder_is_trained(settings):
         freeze_decoder(network)
-    policy = policy_for(kind.purposes(settings)[0], {"MR"}, SIZES[dimensions], ALONE)
+    policy = policy_for(kind.purposes(settings)[0], {"MR"}, size_of(name, dimensions), ALONE)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         method: Method = kind(network, policy, settings)

@@ -21,7 +21,7 @@ from medssl.training.checkpoint import find_checkpoint, load_checkpoint
 from medssl.training.method import Step
 from medssl.transfer.overlay import overlay
 from tests.pretraining.conftest import make_store
-from tests.pretraining.methods import SIZES, SMALL, SMALL_HEAD, batch_for, build, cases, settings_of
+from tests.pretraining.methods import SMALL, SMALL_HEAD, batch_for, build, cases, settings_of, size_of
 
 CASES = cases()
 NAMES = sorted(registry.METHODS)
@@ -125,7 +125,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("stores")
     return {
         2: make_store(folder / "slices", shape=(1, 6, 44, 40)).folder,
-        3: make_store(folder / "volumes", shape=(1, 22, 26, 20)).folder,
+        3: make_store(folder / "volumes", shape=(1, 34, 36, 33)).folder,
     }
 
 
@@ -135,7 +135,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_its_checkpoint_transfers(
     stores: dict[int, Path], tmp_path: Path, name: str
 ) -> None:
     dimensions = registry.method(name).dimensions[-1]
-    patch = f"patch_size={list(SIZES[dimensions])}"
+    patch = f"patch_size={list(size_of(name, dimensions))}"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     final = run(stores[dimensions], whole, name, patch, steps=5)
     shutil.copytree(whole, killed)
@@ -242,7 +242,8 @@ def test_two_ranks_equal_one_process_for_every_method(tmp_path: Path) -> None:
         assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-3), name
         for key, weight in method.named_parameters():
             if weight.grad is not None:
-                scale = weight.grad.abs().max().clamp(min=1e-4)
+                # A bias before an instance norm has a true gradient of 0: what is left is rounding.
+                scale = weight.grad.abs().max().clamp(min=2e-3)
                 assert (found["gradients"][key] - weight.grad).abs().max() < 0.02 * scale, (name, key)
         for key, value in method.state_dict().items():
             torch.testing.assert_close(found["state"][key], value, rtol=1e-3, atol=1e-4, msg=f"{name}: {key}")
