@@ -29,6 +29,7 @@ from medssl.pretraining.folder import (
     stored_recipe,
     write_facts,
 )
+from medssl.pretraining.probes import OnlineProbes, Reader, read_probes
 from medssl.pretraining.recipe import DEFAULT_METHOD, PretrainingSettings, exported, settle
 from medssl.training.checkpoint import SCHEMA_VERSION, load_checkpoint
 from medssl.training.devices import find_machine, launch, on_main, own_random_state
@@ -38,6 +39,9 @@ from medssl.training.method import Method
 from medssl.training.nnssl_plan import adaptation_plan
 
 logger = logging.getLogger(__name__)
+
+#: What of a store's information says how a new volume becomes like those in it; nothing that names a volume.
+_INPUT = ("normalisation", "spacing", "crop", "fingerprint", "codec")
 
 
 def pretrain(
@@ -54,6 +58,7 @@ def pretrain(
     device: str = "auto",
     workers: int | None = None,
     quiet: bool = False,
+    read_labelled: Reader | None = None,
 ) -> Path:
     """Pretrain a network on the training volumes of a store and return the final checkpoint.
 
@@ -74,6 +79,8 @@ def pretrain(
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         workers: Reader processes; by default what the machine has to spare.
         quiet: Show no progress.
+        read_labelled: Reads the labelled data set that `probes.labels` may name; the command line gives
+            `medssl.transfer.probe_images.read_labelled`, which lies behind pretraining in the stream of data.
 
     Raises:
         UsageError: If a setting is unknown or does not fit, or `out` is taken.
@@ -87,8 +94,12 @@ def pretrain(
     before = stored_recipe(out) if resume else None
     if continue_from is not None and resume:
         raise UsageError("--continue-from starts a new run and --resume goes on with one: give one of them.")
-    model = stored_recipe(continue_from) if continue_from is not None and continue_from.is_dir() else before
-    values = given_values(recipe, overrides, model, method=method, steps=steps, workers=workers)
+    if continue_from is not None and continue_from.is_dir():
+        before = stored_recipe(continue_from)
+        if before is not None and method not in (None, before.get("method")):
+            # The other method's own settings say nothing to this one.
+            before = {name: value for name, value in before.items() if name in PretrainingSettings.model_fields}
+    values = given_values(recipe, overrides, before, method=method, steps=steps, workers=workers)
     start = None
     if continue_from is not None:
         start = read_start(continue_from, str(values.get("method", DEFAULT_METHOD)))
@@ -96,14 +107,14 @@ def pretrain(
     devices = values.get("devices", 1)
     machine = find_machine(device, devices if isinstance(devices, int) else 1)
     settings = settle(values, source, machine, str(recipe or "settings"))
-    if before is not None:
+    if resume and before is not None:
         refuse_changes(out, before, settings, source)
     fabric = launch(machine, settings.precision, device)
     with (
         claim(out, fabric, resume=resume, overwrite=overwrite),
         own_random_state(settings.seed + fabric.global_rank, machine.cuda),
     ):
-        return _run(settings, source, out, fabric, start=start, resume=resume, quiet=quiet)
+        return _run(settings, source, out, fabric, start=start, resume=resume, quiet=quiet, read_labelled=read_labelled)
 
 
 def given_values(
@@ -124,6 +135,7 @@ def _run(
     start: Start | None,
     resume: bool,
     quiet: bool,
+    read_labelled: Reader | None,
 ) -> Path:
     saved = on_main(fabric, lambda: newest_checkpoint(out)) if resume else None
     state = None
@@ -153,7 +165,17 @@ def _run(
         if saved is None and start is not None:
             check_state(start, method)
         export = _Export(settings, store, method)
-        job = Job(method, settings, loader, validation, out, export, f"Pretraining {settings.method}")
+        probes = OnlineProbes([])
+
+        def read() -> None:
+            nonlocal probes
+            probes = read_probes(settings, store, policy, loader.channels, read_labelled)
+
+        on_main(fabric, read)
+        job = Job(
+            method, settings, loader, validation, out, export, f"Pretraining {settings.method}",
+            look=probes, look_every=settings.probes.every,
+        )  # fmt: skip
         return train(job, fabric, state=state, quiet=quiet)
 
 
@@ -279,6 +301,11 @@ class _Export:
             "averaged": settings.ema is not None,
             "library_versions": library_versions(),
         }
+        heads = self.method.exported_heads()
+        if heads:
+            # Who uses them on new volumes has to make these like those of the store.
+            known = {name: self.store.info[name] for name in _INPUT if name in self.store.info}
+            ours |= {"heads": heads, "preprocessing": known}
         return {
             "network_weights": weights,
             "nnssl_adaptation_plan": adaptation_plan(

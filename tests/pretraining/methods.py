@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from medssl import registry
 from medssl.augmentation.policy import AugmentationSettings, Policy, policy_for
 from medssl.config import Settings
 from medssl.data.batch import Batch
+from medssl.data.draw import Draw
 from medssl.networks.build import build_network, freeze_decoder, freeze_unused_outputs
-from medssl.training.method import Method
+from medssl.training.method import Method, Step
 
 #: Settings that make a method small enough for a test, by method; sizes are for patches of 16.
 SMALL_HEAD = {"projector": {"hidden": 16, "width": 8}}
@@ -20,6 +22,7 @@ SMALL_HEAD = {"projector": {"hidden": 16, "width": 8}}
 FAST_TEACHER = {"momentum": 0.9, "final": 0.99}
 SMALL: dict[str, dict[str, Any]] = {
     "mae": {"mask": {"block": 4}},
+    "dino": {"projector": {"hidden": 16, "width": 32}, "prototypes": 32, "local_crops": 1},
     "moco": {**SMALL_HEAD, "queue": 1, "teacher": FAST_TEACHER},
     "densecl": {**SMALL_HEAD, "queue": 1, "dense_queue": 1, "teacher": FAST_TEACHER},
 }
@@ -91,3 +94,30 @@ def blobs(size: tuple[int, ...], seed: int) -> Tensor:
     mode = "bilinear" if len(size) == 2 else "trilinear"
     image = torch.nn.functional.interpolate(coarse, size=size, mode=mode, align_corners=False)[0]
     return (image - image.mean()) / image.std()
+
+
+def two_steps(method: Method, batch: Batch, average: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> Tensor:
+    """Take a step of gradient descent in float64 and return the loss of the next, whose gradients stay.
+
+    In float32 a unit at its threshold may fall to either side when rows are summed in another order.
+    """
+    method.double()
+    for index in range(2):
+        with torch.no_grad():
+            views = method.views(batch, Draw(0, batch.sample_index))
+        for view in views:
+            view.image = view.image.double()
+            view.target = None if view.target is None else view.target.double()
+        method.zero_grad()
+        loss = torch.stack(list(method.losses(views, Step(50, 100)).values())).sum()
+        loss.backward()
+        for weight in method.parameters():
+            if weight.grad is not None:
+                weight.grad = average(weight.grad)
+        if index == 0:
+            with torch.no_grad():
+                for weight in method.parameters():
+                    if weight.grad is not None:
+                        weight -= 0.01 * weight.grad
+            method.after_step(Step(50, 100))
+    return loss.detach()
