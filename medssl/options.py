@@ -62,6 +62,7 @@ Codec: TypeAlias = Annotated[
 Scheduler: TypeAlias = Annotated[str | None, _option("Address of a Dask scheduler, or local.")]
 
 Store: TypeAlias = Annotated[Path, _option("A store, or an nnU-Net preprocessed folder.")]
+OptionalStore: TypeAlias = Annotated[Path | None, _option("A store, or an nnU-Net preprocessed folder.", "--store")]
 Method: TypeAlias = Annotated[str | None, _option("See `medssl list methods`; default: the recipe's, else mae.")]
 Recipe: TypeAlias = Annotated[Path | None, _option("YAML file of settings.")]
 Overrides: TypeAlias = Annotated[list[str] | None, _option("One setting, a.b=c; may be repeated.", "--set")]
@@ -131,6 +132,10 @@ LearntKind: TypeAlias = Annotated[
 ]
 Classes: TypeAlias = Annotated[str | None, _option("Names of the classes in order, with commas.")]
 Folds: TypeAlias = Annotated[int | None, _option("Deal the patients out anew into so many folds.", min=2)]
+OneFold: TypeAlias = Annotated[
+    int | None,
+    _option("Train this fold only; by default all, each a RUN below --out, and their ensemble.", "--fold", min=0),
+]
 Fold: TypeAlias = Annotated[int, typer.Option(min=0, help="Which fold validates.")]
 IgnoreUnlabelled: TypeAlias = Annotated[
     bool, _option("Leave out images without a label instead of refusing the data set.", "--ignore-unlabelled")
@@ -218,6 +223,10 @@ ViewPurpose: TypeAlias = Annotated[str, typer.Option("--purpose", help="Policy t
 ProbedImages: TypeAlias = Annotated[
     Path, _option("Images with labels, as for `medssl finetune classification`.", "--dataset")
 ]
+EmbeddedImages: TypeAlias = Annotated[
+    Path | None,
+    _option("Images, as for `medssl finetune classification`; a CSV of paths may lack labels.", "--dataset"),
+]
 ProbedStore: TypeAlias = Annotated[Path, _option("Store with labels of voxels.", "--store")]
 Probes: TypeAlias = Annotated[str, typer.Option(help="Of linear, knn and prototypes, with commas.")]
 Shots: TypeAlias = Annotated[str, typer.Option(help="Cases of each class for the prototypes, with commas.")]
@@ -230,6 +239,18 @@ VolumeLabels: TypeAlias = Annotated[
 Artefacts: TypeAlias = Annotated[
     bool, typer.Option("--artefacts/--no-artefacts", help="Known volumes with artefacts count as strangers too.")
 ]
+VoxelModel: TypeAlias = Annotated[Path, _argument("A RUN of voxel contrast, or one of its checkpoints.")]
+MatchFrom: TypeAlias = Annotated[Path, _option("Volume in which the points lie: a file or a DICOM series.", "--from")]
+MatchTo: TypeAlias = Annotated[Path, _option("Volume in which they are to be found.", "--to")]
+Points: TypeAlias = Annotated[list[str] | None, _option("X,Y,Z; may be repeated.", "--point")]
+PointsFile: TypeAlias = Annotated[Path | None, _option("CSV with the columns x, y, z and perhaps name.", "--points")]
+PointUnits: TypeAlias = Annotated[
+    Literal["mm", "voxel"], typer.Option("--units", help="RAS mm as in NIfTI's affine, or voxels as stored, from 0.")
+]
+VolumeModality: TypeAlias = Annotated[
+    str | None, _option("Modality of both volumes; default: what the files say.", "--modality")
+]
+OptionalJson: TypeAlias = Annotated[Path | None, _option("JSON file to write as well.", "--out")]
 Format: TypeAlias = Annotated[Literal["nnunet", "nnssl", "safetensors"], typer.Option(help="Who shall read it.")]
 Plans: TypeAlias = Annotated[Path | None, _option("nnU-Net plans the file shall fit (--format nnunet).")]
 DemoOut: TypeAlias = Annotated[Path, typer.Option("--out", help="Folder for the result.")]

@@ -28,6 +28,7 @@ VERBS = (
     ["evaluate", "quality"],
     ["evaluate", "ood"],
     ["embed"],
+    ["match"],
     ["compare"],
     ["protocol"],
     ["export"],

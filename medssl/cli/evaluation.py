@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from medssl import options as o
 from medssl.cli.apps import app, evaluate_app
 from medssl.cli.parsing import names, numbers, spacing_of, stages_of
+from medssl.errors import UsageError
 from medssl.screen import finish, say, show
 
 
@@ -265,39 +268,93 @@ def evaluate_ood(
 @app.command()
 def embed(
     checkpoint: o.Encoder,
-    store: o.Store,
     out: o.Out,
+    store: o.OptionalStore = None,
+    dataset: o.EmbeddedImages = None,
+    labels: o.LabelsOf = None,
     stages: o.Stages = "all",
     pooling: o.Pooling = "mean",
     boxes: o.Boxes = "cover",
     split: o.WhichSplit = "all",
+    fit: o.Fit = "whole",
+    patch_size: o.PatchSize = None,
+    spacing: o.Spacing = "median",
+    normalisation: o.Normalisation = "by-modality",
+    modality: o.Modality = None,
+    grey: o.Grey = False,
+    cache: o.Cache = None,
     untrained: o.Untrained = False,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     overwrite: o.Overwrite = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Write a feature of each volume of a store to Parquet, for any tool; the report draws a map of them.
+    """Write a feature of each volume or image to Parquet, for any tool; the report draws a map of them.
+
+    --store covers each volume with boxes; --dataset takes what `finetune classification` takes (a CSV of paths, also
+    without labels, a folder per class, a MedMNIST .npz) and brings whole images to the patch: --fit and what follows.
 
     Example: `medssl embed run --store store --out features`
     """
-    from medssl.inference.embed import FEATURES, embed_store
+    from medssl.inference.embed import FEATURES, embed_images, embed_store
+    from medssl.transfer.images import ImageOptions
 
-    found = embed_store(
-        checkpoint,
-        store,
-        out,
-        stages=stages_of(stages),
-        pooling=pooling,
-        boxes=boxes,
-        split=split,
-        untrained=untrained,
-        seed=seed,
-        device=device,
-        overwrite=overwrite,
-        quiet=quiet,
-    )
+    shared: dict[str, Any] = {
+        "stages": stages_of(stages),
+        "pooling": pooling,
+        "split": split,
+        "untrained": untrained,
+        "seed": seed,
+        "device": device,
+        "overwrite": overwrite,
+        "quiet": quiet,
+    }
+    if store is not None and dataset is None:
+        found = embed_store(checkpoint, store, out, boxes=boxes, **shared)
+    elif dataset is None or store is not None:
+        raise UsageError("Give --store or --dataset, one of them.")
+    else:
+        found = embed_images(
+            checkpoint,
+            dataset,
+            out,
+            labels=labels,
+            fit=fit,
+            patch_size=numbers(patch_size, int, "--patch-size"),
+            options=ImageOptions(spacing_of(spacing), normalisation, modality, grey, quiet=quiet),
+            cache=cache,
+            **shared,
+        )
     say(f"{len(found)} features of {found.features.shape[1]} numbers: {out / FEATURES}\nMap: medssl report {out}")
+
+
+@app.command()
+def match(
+    model: o.VoxelModel,
+    source: o.MatchFrom,
+    target: o.MatchTo,
+    point: o.Points = None,
+    points: o.PointsFile = None,
+    units: o.PointUnits = "mm",
+    modality: o.VolumeModality = None,
+    out: o.OptionalJson = None,
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Find points of one volume in another by what the anatomy around them looks like.
+
+    Example: `medssl match run --from a.nii.gz --to b.nii.gz --point 12.5,-30,44`
+    """
+    from medssl.inference.match import match as run
+
+    given = points if points is not None else [numbers(text, float, "--point") for text in point or []]
+    if points is not None and point:
+        raise UsageError("Give --point or --points, not both.")
+    show(
+        run(model, source, target, given, units=units, modality=modality, out=out, device=device, quiet=quiet),
+        as_json,
+    )
 
 
 @app.command()

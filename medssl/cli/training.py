@@ -27,9 +27,13 @@ def pretrain(
 ) -> None:
     """Pretrain an encoder without labels.
 
+    metrics.jsonl also gets label-free quality (quality/...) now and then, and with `--set probes.labels=labels.csv`
+    what a linear head, nearest neighbours and prototypes make of the features of labelled images (probe/...).
+
     Example: `medssl pretrain --method mae --store store --out run --set network=resenc-xs --steps 2000`
     """
     from medssl.pretraining.run import pretrain as run
+    from medssl.transfer.probe_images import read_labelled
 
     result = run(
         method,
@@ -44,6 +48,7 @@ def pretrain(
         device=device,
         workers=workers,
         quiet=quiet,
+        read_labelled=read_labelled,
     )
     say(f"Checkpoint: {result}\nLook at it: medssl report {out}")
 
@@ -156,7 +161,7 @@ def finetune_classification(
     kind: o.LearntKind = "auto",
     classes: o.Classes = None,
     folds: o.Folds = None,
-    fold: o.Fold = 0,
+    fold: o.OneFold = None,
     labelled: o.Labelled = None,
     ignore_unlabelled: o.IgnoreUnlabelled = False,
     mode: o.Mode = "full",
@@ -189,6 +194,9 @@ def finetune_classification(
     quiet: o.Quiet = False,
 ) -> None:
     """Fine-tune for classification of whole images, 2D or 3D; splits are by patient.
+
+    --folds 5 trains five classifiers, RUNs below --out that --resume goes on with: the metrics are of out-of-fold
+    probabilities, folds.json has those of each fold, and `medssl predict --model OUT` averages the five.
 
     Example: `medssl finetune classification --dataset labels.csv --checkpoint run --out model --steps 1000`
     """

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medssl.archive.pseudonym import open_user_key
+from medssl.archive.pseudonym import Pseudonyms, open_user_key
 from medssl.archive.sniff import sniff
 from medssl.data.target_arrays import read_npz
-from medssl.data.target_table import NONE, Row, parse_target, read_table, the_kind
+from medssl.data.target_table import NONE, SEPARATOR, Row, parse_target, read_table, the_kind
 from medssl.data.targets import (
     NAMED,
     SPLIT_NAMES,
     Case,
     Targets,
+    carried,
     check,
     check_kind,
     class_numbers,
@@ -85,36 +87,82 @@ def read_targets(
     return check(targets)
 
 
+def read_images(dataset: Path, labels: Path | None = None) -> tuple[Targets, tuple[str, ...]]:
+    """Read which images a data set has, and the label of each as text, `|` between several; a CSV needs none.
+
+    Args:
+        dataset: As for `read_targets`; a CSV may do without labels, in some rows or in all.
+        labels: CSV of labels for an INDEX or a STORE.
+
+    Returns:
+        The cases with their patients and splits, and one text each, empty where the label is not known. Of a CSV the
+        cases have no target.
+
+    Raises:
+        UsageError: If the options do not fit together.
+        DataError: If the data set cannot be used; the row is named.
+    """
+    if dataset.is_dir() or dataset.suffix.lower() == ".npz" or not dataset.exists():
+        targets = read_targets(dataset, labels=labels)
+        return targets, tuple(SEPARATOR.join(targets.classes[n] for n in carried(case)) for case in targets.cases)
+    if labels is not None:
+        raise UsageError("--labels belongs to an INDEX or a STORE; a CSV of paths holds its labels.")
+    table = read_table(dataset, "path", labelled=False)
+    files = _files_of(dataset, table.rows)
+    first = {row.key: row.number for row in reversed(table.rows)}
+    _refuse(
+        [
+            f"{row.where}: {row.key} stands in line {first[row.key]}"
+            for row in table.rows
+            if first[row.key] < row.number
+        ],
+        "Keep one of the rows.",
+    )
+    pseudonyms = open_user_key()
+    cases = [_case(row, files[row.number], (), pseudonyms) for row in table.rows]
+    if not table.has_split:
+        cases = [dataclasses.replace(case, split="") for case in cases]
+    texts = tuple(SEPARATOR.join(name for name in row.labels if name != NONE) for row in table.rows)
+    return Targets("multilabel", (), tuple(cases), "csv"), texts
+
+
 def _of_csv(path: Path, kind: str, classes: Sequence[str] | None, ignore_unlabelled: bool) -> tuple[Targets, bool]:
     table = read_table(path, "path")
     rows = _labelled(table.rows, ignore_unlabelled)
-    files = {row.number: path.parent / row.key for row in rows}
-    _refuse(
-        [f"{row.where}: there is no file {row.key}" for row in rows if not files[row.number].is_file()],
-        "Mend the column path (it starts at the CSV's folder), or remove the rows.",
-    )
+    files = _files_of(path, rows)
     if not ignore_unlabelled:
         _refuse_unlisted(path, [path.parent / row.key for row in table.rows])
-    _refuse_strange({row.where: files[row.number] for row in rows})
     if not table.has_patients:
         logger.warning("%s has no column patient: every image counts as a patient of its own.", path.name)
     pseudonyms = open_user_key()
     kind = the_kind(kind, rows, table.label_columns)
     names = class_numbers(_names_of(rows), kind, classes)
-    cases = [
-        Case(
-            name=pseudonyms.of("image", row.key),
-            target=parse_target(row, names, kind),
-            patient_key=pseudonyms.of("patient", row.patient or row.key),
-            split=_split(row),
-            row=row.number,
-            where=row.where,
-            path=files[row.number],
-            shuffle_key=row.patient or row.key,
-        )
-        for row in rows
-    ]
+    cases = [_case(row, files[row.number], parse_target(row, names, kind), pseudonyms) for row in rows]
     return Targets(kind, names, tuple(cases), "csv"), table.has_split
+
+
+def _files_of(path: Path, rows: Sequence[Row]) -> dict[int, Path]:
+    """Return the file of each row by its number; one that is missing or no image is refused."""
+    files = {row.number: path.parent / row.key for row in rows}
+    _refuse(
+        [f"{row.where}: there is no file {row.key}" for row in rows if not files[row.number].is_file()],
+        "Mend the column path (it starts at the CSV's folder), or remove the rows.",
+    )
+    _refuse_strange({row.where: files[row.number] for row in rows})
+    return files
+
+
+def _case(row: Row, file: Path, target: int | tuple[int, ...], pseudonyms: Pseudonyms) -> Case:
+    return Case(
+        name=pseudonyms.of("image", row.key),
+        target=target,
+        patient_key=pseudonyms.of("patient", row.patient or row.key),
+        split=_split(row),
+        row=row.number,
+        where=row.where,
+        path=file,
+        shuffle_key=row.patient or row.key,
+    )
 
 
 def _of_volumes(

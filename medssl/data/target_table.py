@@ -51,12 +51,13 @@ class Table:
     label_columns: tuple[str, ...]
 
 
-def read_table(path: Path, key: str) -> Table:
+def read_table(path: Path, key: str, *, labelled: bool = True) -> Table:
     """Read a CSV of labels.
 
     Args:
         path: UTF-8, with a comma, semicolon or tab between fields.
         key: Name of the column that says which image: `path` or `volume_id`.
+        labelled: Whether there must be a column of labels.
 
     Raises:
         UsageError: If it cannot be opened.
@@ -79,7 +80,7 @@ def read_table(path: Path, key: str) -> Table:
     header = [name.strip() for name in lines[0][1]] if lines else []
     names = [name.lower() for name in header]
     columns = tuple(name[len(PREFIX) :] for name in header if name.lower().startswith(PREFIX))
-    needed = [key] if columns else [key, "label"]
+    needed = [key, "label"] if labelled and not columns else [key]
     for name in needed:
         if name not in names:
             raise DataError(
@@ -103,7 +104,7 @@ def read_table(path: Path, key: str) -> Table:
                 number=number,
                 where=where,
                 key=values[key],
-                labels=_from_columns(values, columns, where) if columns else _from_text(values["label"]),
+                labels=_from_columns(values, columns, where) if columns else _from_text(values.get("label", "")),
                 columns=columns,
                 patient=values.get("patient", ""),
                 split=values.get("split"),

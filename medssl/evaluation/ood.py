@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medssl.errors import DataError
 from medssl.evaluation.bootstrap import LEVEL, RESAMPLES, resampled_counts
 from medssl.evaluation.classification_result import Interval
-from medssl.evaluation.heads import Cases, Logistic, linear_probe, unit
+from medssl.training.heads import Cases, Logistic, linear_probe, unit
 from medssl.training.ranking import Floats, Ranking
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,12 @@ from medssl.errors import DataError, UsageError, unknown_name
 from medssl.evaluation.bootstrap import Estimate, estimate
 from medssl.evaluation.classification import measure_classification, metric_differences
 from medssl.evaluation.classification_result import ClassificationResult, Interval
-from medssl.evaluation.heads import Cases, knn_probe, linear_probe, prototypes
 from medssl.files import write_json
 from medssl.inference.embedding import Embeddings, embed
 from medssl.inference.labelled import frozen_pair, labelled_volumes
 from medssl.inference.model import resolve_device
 from medssl.networks.pooling import Pooling, Stages
+from medssl.training.heads import Cases, knn_probe, linear_probe, prototypes
 from medssl.training.scores import classification_metrics
 from medssl.transfer.images import ImageOptions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medssl.data.label_split import with_validation
 from medssl.data.loader import CropLoader
 from medssl.data.sampling import CropSettings
-from medssl.data.targets import VALIDATION_SHARE
 from medssl.errors import DataError, UsageError
 from medssl.evaluation.bootstrap import Estimate, estimate
 from medssl.evaluation.compare import signed_rank
@@ -142,7 +141,7 @@ def evaluate_segmentation_probe(
         UsageError: If the patch or the stages do not fit.
         DataError: If the store has no labelled volumes to train on or to validate.
     """
-    opened = _with_validation(Store.open(store))
+    opened = with_validation(Store.open(store))
     validation = [name for name in opened.ids_of("validation") if opened.has_label(name)]
     training = [name for name in opened.ids_of("train") if opened.has_label(name)]
     if not training or not validation:
@@ -173,19 +172,6 @@ def evaluate_segmentation_probe(
     if out is not None:
         write_json(out / "segmentation_probe.json", result.to_json())
     return result
-
-
-def _with_validation(store: Store) -> Store:
-    if any(store.has_label(name) for name in store.ids_of("validation")):
-        return store
-    names = [name for name in store.ids if store.has_label(name)]
-    chosen = {name for name in names if _fraction(str(store.row(name)["patient_key"])) < VALIDATION_SHARE}
-    return store.with_splits({name: "validation" if name in chosen else "train" for name in names})
-
-
-def _fraction(patient_key: str) -> float:
-    digest = hashlib.sha256(f"segmentation probe|{patient_key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from medssl.inference.cases import Refusal
 from medssl.inference.model import resolve_device
 from medssl.progress import progress
 from medssl.training.temperature import probabilities_of
-from medssl.transfer.classifier_files import TrainedClassifier, load_classifier
+from medssl.transfer.classifier_files import TrainedClassifier, load_members
 from medssl.transfer.image_fit import fit_image, place
 from medssl.transfer.images import prepare_image
 
@@ -92,11 +93,12 @@ def classify(
     """Predict the class of an image, of each image in a folder, or of DICOM series.
 
     Writes `probabilities.csv` (a row per image, a column `p_<class>` per class, calibrated by the model's temperature)
-    and `predictions.json` into `out`. Image files go by their path within the input, DICOM series by their pseudonym.
+    and `predictions.json` into `out`. Of a RUN of several folds the probabilities are the mean of those of its folds.
+    Image files go by their path within the input, DICOM series by their pseudonym.
     An input that cannot be used costs one row in `refused` and nothing else.
 
     Args:
-        model: A finished classification RUN or one of its checkpoints.
+        model: A finished classification RUN, one of its checkpoints, or a RUN of all folds.
         input: A picture, a volume, a folder of them at any depth, or a DICOM file or folder of series.
         out: Output folder.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -108,16 +110,18 @@ def classify(
         CheckpointError: If the model cannot be used.
         DataError: If there is nothing to predict.
     """
-    trained, target = load_classifier(model), resolve_device(device)
-    trained.classifier.to(target)
+    members, target = load_members(model), resolve_device(device)
+    for member in members:
+        member.classifier.to(target)
+    trained = members[0]
     found = find_series(input)
     if not found.series and not found.refused:
         raise DataError(f"--input {input} holds no image.")
     prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
     facts = {
         "medssl_version": __version__,
-        "model": {"sha256": trained.sha256, "classes": list(trained.classes), "target_kind": trained.kind,
-                  "temperature": trained.temperature},
+        "model": {"sha256": [member.sha256 for member in members], "classes": list(trained.classes),
+                  "target_kind": trained.kind, "temperature": [member.temperature for member in members]},
         "options": {"device": target.type},
     }  # fmt: skip
     summary = ClassifySummary(out, trained.classes, [], _refused(found.refused), facts)
@@ -129,7 +133,7 @@ def classify(
             source = "" if series.task.kind == "dicom" else series.files[0].relative_to(root).as_posix()
             name = source or series.name
             try:
-                summary.rows.append((name, probabilities_of_volume(trained, series, target)))
+                summary.rows.append((name, probabilities_of_volume(members, series, target)))
             except InputRefused as error:
                 logger.warning("%s is refused: %s", name, error)
                 summary.refused.append(Refusal(source, error.code, error.detail))
@@ -143,13 +147,14 @@ def classify(
 
 
 def probabilities_of_volume(
-    trained: TrainedClassifier, series: SeriesFound, device: torch.device
+    members: Sequence[TrainedClassifier], series: SeriesFound, device: torch.device
 ) -> NDArray[np.float64]:
-    """Return the probability of each class for one volume. Shape: (K,).
+    """Return the probability of each class for one volume, the mean over classifiers that see the same. Shape: (K,).
 
     Raises:
         InputRefused: If it cannot be decoded or is not like the images that were trained on.
     """
+    trained = members[0]
     array, spacing, background = prepare_image(series.load(), trained.input, series.name)
     if array.shape[0] != trained.channels:
         raise InputRefused("channels_differ", f"{array.shape[0]} channels; the model takes {trained.channels}")
@@ -162,11 +167,15 @@ def probabilities_of_volume(
     fitted, _ = fit_image(array, spacing, three, three, trained.fit)
     window, _, _ = place(fitted, three, background)
     image = torch.from_numpy(window)[None].to(device)
-    with torch.inference_mode():
-        logits = trained.classifier(image[:, :, 0] if flat else image).double().cpu().numpy()
-    if not np.isfinite(logits).all():
-        raise InputRefused("output_not_finite", "the classifier's output is NaN or infinite")
-    return probabilities_of(logits, trained.kind, trained.temperature)[0]  # type: ignore[arg-type]
+    found = []
+    for member in members:
+        with torch.inference_mode():
+            logits = member.classifier(image[:, :, 0] if flat else image).double().cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise InputRefused("output_not_finite", "the classifier's output is NaN or infinite")
+        found.append(probabilities_of(logits, member.kind, member.temperature)[0])  # type: ignore[arg-type]
+    mean: NDArray[np.float64] = np.mean(found, axis=0)
+    return mean
 
 
 def _refused(rows: list[tuple[str, str, str]]) -> list[Refusal]:

@@ -1,20 +1,25 @@
-"""Features of a store into a folder: the Python twin of `medssl embed`."""
+"""Features of a store or of labelled images into a folder: the Python twins of `medssl embed`."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medssl.data.target_files import read_images
+from medssl.errors import UsageError
 from medssl.files import atomic_path, prepare_output_folder, write_json
 from medssl.inference.embedding import MOST_BOXES, Boxes, Embeddings, embed
 from medssl.inference.embedding_file import write_embeddings
 from medssl.inference.frozen import load_frozen
+from medssl.inference.labelled import prepared_volumes
 from medssl.inference.model import resolve_device
 from medssl.inference.volumes import Volume, volumes_of_store
 from medssl.networks.pooling import Pooling, Stages
 from medssl.preprocessing.store import Store
+from medssl.transfer.images import ImageOptions
 
 FEATURES, THUMBNAILS, FACTS = "features.parquet", "thumbnails.npz", "run.json"
 KIND = "embedding"
@@ -64,10 +69,80 @@ def embed_store(
     frozen = load_frozen(checkpoint, untrained=untrained, seed=seed, device=resolve_device(device))
     opened = Store.open(store)
     volumes = volumes_of_store(opened, split=split)
-    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / FEATURES).is_file())
+    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=_is_ours)
     found = embed(frozen, volumes, stages=stages, pooling=pooling, boxes=boxes, most_boxes=most_boxes, quiet=quiet)
-    found.require_finite()
     found.facts["store_hash"] = opened.hash
+    return _written(out, found, volumes, split)
+
+
+def embed_images(
+    checkpoint: Path,
+    dataset: Path,
+    out: Path,
+    *,
+    labels: Path | None = None,
+    stages: Stages = "all",
+    pooling: Pooling = "mean",
+    split: str = "all",
+    fit: str = "whole",
+    patch_size: tuple[int, ...] | None = None,
+    options: ImageOptions | None = None,
+    cache: Path | None = None,
+    untrained: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Embeddings:
+    """Write a feature of each image of a data set, brought to the patch as by `medssl finetune classification`.
+
+    As `embed_store`, with a column `label` where labels are known.
+
+    Args:
+        checkpoint: A RUN or a checkpoint file.
+        dataset: A CSV of paths (labels may be missing), a folder for each class, a MedMNIST .npz, an INDEX or a STORE.
+        out: Folder to write to.
+        labels: CSV of labels for an INDEX or a STORE.
+        stages: `all`, `last`, or numbers of stages.
+        pooling: `mean`, or `mean+max`.
+        split: `train`, `validation`, `test` or `all`.
+        fit: How an image is brought to the patch.
+        patch_size: What the encoder sees.
+        options: What is done to every image.
+        cache: Folder for the prepared images; by default a temporary one.
+        untrained: Use the checkpoint's network with random weights.
+        seed: Of the random weights.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        overwrite: Replace what is in `out`.
+        quiet: Show no progress.
+
+    Raises:
+        UsageError: If the split is empty, options or channels do not fit, or `out` is taken.
+        DataError: If the data set or an image cannot be used, or a feature is not a number; nothing is written then.
+    """
+    targets, texts = read_images(dataset, labels)
+    kept = [row for row, case in enumerate(targets.cases) if split in ("all", case.split)]
+    if not kept:
+        raise UsageError(f"{dataset} has no image in the split '{split}'. Use --split all.")
+    targets = targets.with_cases(targets.cases[row] for row in kept)
+    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=_is_ours)
+    chosen = options or ImageOptions(quiet=quiet)
+    with prepared_volumes(targets, dataset, checkpoint, fit, patch_size, chosen, cache) as (volumes, patch):
+        frozen = load_frozen(
+            checkpoint, untrained=untrained, seed=seed, patch_size=patch, device=resolve_device(device)
+        )
+        found = embed(frozen, volumes, stages=stages, pooling=pooling, boxes="centre", quiet=quiet)
+        shown = tuple(texts[row] for row in kept)
+        found = dataclasses.replace(found, labels=shown if any(shown) else ())
+        return _written(out, found, volumes, split)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / FEATURES).is_file()
+
+
+def _written(out: Path, found: Embeddings, volumes: list[Volume], split: str) -> Embeddings:
+    found.require_finite()
     write_embeddings(out / FEATURES, found)
     write_thumbnails(out / THUMBNAILS, volumes)
     write_json(

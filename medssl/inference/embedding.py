@@ -46,6 +46,7 @@ class Embeddings:
         modalities: Modality of each volume.
         names: What each of the W numbers is.
         facts: Which encoder, stages, pooling and boxes; names no path.
+        labels: Label of each volume as text, `|` between several, where they are known.
     """
 
     ids: tuple[str, ...]
@@ -55,6 +56,7 @@ class Embeddings:
     modalities: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,6 +76,7 @@ class Embeddings:
             part(self.modalities),
             self.names,
             self.facts,
+            part(self.labels),
         )
 
     def require_finite(self) -> None:

@@ -14,14 +14,15 @@ from medssl.inference.embedding import Embeddings
 
 SCHEMA_VERSION = 1
 _KEY = b"medssl"
-_TEXTS = {"id": "ids", "patient_key": "patient_keys", "split": "splits", "modality": "modalities"}
+_TEXTS = {"id": "ids", "patient_key": "patient_keys", "split": "splits", "modality": "modalities",
+          "label": "labels"}  # fmt: skip
 
 
 def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     """Write `id`, `patient_key`, `split`, `modality` and `features` (float32, W numbers), whole or not at all.
 
-    The file's own metadata hold under `medssl` the names of the W numbers and what made them, as JSON; any reader of
-    Parquet opens it.
+    Where labels are known there is a column `label` too. The file's own metadata hold under `medssl` the names of the W
+    numbers and what made them, as JSON; any reader of Parquet opens it.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

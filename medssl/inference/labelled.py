@@ -63,6 +63,38 @@ def labelled_volumes(
     targets = read_targets(dataset, labels=labels, kind=kind, classes=classes, folds=folds, fold=fold)
     if labelled is not None:
         targets = draw_labelled(targets, labelled, seed)
+    with prepared_volumes(targets, dataset, checkpoint, fit, patch_size, options, cache) as (volumes, patch):
+        yield volumes, targets, patch
+
+
+@contextmanager
+def prepared_volumes(
+    targets: Targets,
+    dataset: Path,
+    checkpoint: Path,
+    fit: str = "whole",
+    patch_size: tuple[int, ...] | None = None,
+    options: ImageOptions | None = None,
+    cache: Path | None = None,
+) -> Iterator[tuple[list[Volume], tuple[int, ...]]]:
+    """Bring the images of some cases to the patch; see `labelled_volumes`.
+
+    Args:
+        targets: The cases; their targets do not count.
+        dataset: Where they were read from.
+        checkpoint: Decides the network, and with it dimensions and channels.
+        fit: How an image is brought to the patch.
+        patch_size: What the encoder sees.
+        options: What is done to every image.
+        cache: Folder for the prepared images; by default a temporary one.
+
+    Yields:
+        Volumes in the order of the cases, and the patch. They can be read within the `with` block.
+
+    Raises:
+        DataError: If an image cannot be used; the row is named.
+        UsageError: If options do not fit together.
+    """
     source = load_source(checkpoint)
     settings = ClassificationSettings.model_validate({"augment": False})
     with tempfile.TemporaryDirectory() as scratch:
@@ -76,7 +108,7 @@ def labelled_volumes(
             dataclasses.replace(volume, patient_key=case.patient_key, split=case.split)
             for volume, case in zip(volumes, cases, strict=True)
         ]
-        yield volumes, targets, images.patch
+        yield volumes, images.patch
 
 
 def frozen_pair(

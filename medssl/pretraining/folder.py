@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,13 @@ from medssl.config import read_yaml, to_yaml
 from medssl.errors import CheckpointError, UsageError
 from medssl.files import prepare_output_folder, write_json, write_text
 from medssl.preprocessing.store import Store
-from medssl.pretraining.recipe import POLICY, PretrainingSettings, differences, exported
+from medssl.pretraining.recipe import ELSEWHERE, POLICY, PretrainingSettings, differences, exported
 from medssl.training.checkpoint import FOLDER, SCHEMA_VERSION, newest_intact
 from medssl.training.devices import on_main
 from medssl.training.environment import describe_environment
 from medssl.training.lock import run_lock
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 KIND = "pretraining"
@@ -34,6 +37,9 @@ def stored_recipe(out: Path) -> dict[str, Any] | None:
     values = read_yaml(path)
     if values.get("augmentation", {}).get("policy") == POLICY:
         values["augmentation"]["policy"] = str(out / POLICY)
+    if values.get("probes", {}).get("labels") == ELSEWHERE:
+        logger.warning("The labels of the probes are %s: give probes.labels to go on with them.", ELSEWHERE)
+        values["probes"]["labels"] = None
     return values
 
 

@@ -16,6 +16,7 @@ from medssl.errors import DataError, UsageError
 from medssl.networks.architecture import Architecture, architecture
 from medssl.preprocessing.store import Store
 from medssl.pretraining.fitness import Sample, check_fitness
+from medssl.pretraining.probe_settings import ProbeSettings
 from medssl.training.devices import Machine
 from medssl.training.settings import FREE_ON_RESUME, TrainingSettings
 
@@ -31,6 +32,8 @@ _EDGES = {
 DEFAULT_METHOD = "mae"
 #: Name of the copy of the user's own policy file in a RUN.
 POLICY = "policy.yaml"
+#: Stands in a RUN for the labels of the probes, whose path is not written down.
+ELSEWHERE = "not kept in the RUN"
 
 
 class SamplingSettings(Settings):
@@ -67,6 +70,7 @@ class PretrainingSettings(TrainingSettings):
         batch_size: Samples per batch over all devices.
         sampling: Where crops are cut.
         augmentation: What is done to them.
+        probes: What is looked at beside the loss, see `medssl.pretraining.probe_settings.ProbeSettings`.
     """
 
     method: str = DEFAULT_METHOD
@@ -77,6 +81,7 @@ class PretrainingSettings(TrainingSettings):
     batch_size: int = Field(default=4, ge=1)
     sampling: SamplingSettings = SamplingSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
+    probes: ProbeSettings = ProbeSettings()
 
     @property
     def architecture(self) -> Architecture:
@@ -148,6 +153,10 @@ def settle(values: Mapping[str, Any], store: Store, machine: Machine, where: str
     choose("health_every", log_every * 5)
     if choose("validate_every", log_every * 10 if store.ids_of("validation") else 0) and not store.ids_of("validation"):
         raise UsageError(f"validate_every: {store.folder} has no validation volumes. Set validate_every=0.")
+    if given.probes.every is None:
+        usual = chosen.get("validate_every", given.validate_every) or log_every * 10
+        samples = chosen.get("batch_size", given.batch_size) * given.accumulate // machine.devices
+        chosen["probes"] = given.probes.model_copy(update={"every": given.probes.interval(usual, max(samples, 1))})
     choose("pictures_every", max(50, steps // 10))
     chosen["devices"] = machine.devices
     recipe = given.model_copy(update=chosen)
@@ -161,10 +170,15 @@ def settle(values: Mapping[str, Any], store: Store, machine: Machine, where: str
 
 
 def exported(recipe: PretrainingSettings) -> dict[str, Any]:
-    """Return the recipe as plain values that may leave the machine: a policy file is named without its folder."""
+    """Return the recipe as plain values that may leave the machine.
+
+    A policy file is named without its folder, and the labels of the probes are not named at all.
+    """
     values = recipe.model_dump(mode="json")
     if recipe.augmentation.policy is not None:
         values["augmentation"]["policy"] = POLICY
+    if recipe.probes.labels is not None:
+        values["probes"]["labels"] = ELSEWHERE
     first = ("method", "network", "patch_size", "batch_size", "steps")
     return {name: values[name] for name in (*first, *(name for name in values if name not in first))}
 

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from medssl import __version__
 from medssl.errors import DataError, UsageError
-from medssl.evaluation.heads import Standardiser, unit
 from medssl.files import write_text
 from medssl.inference.embed import EDGE, FEATURES, THUMBNAILS
 from medssl.inference.embedding import Embeddings
@@ -25,6 +24,7 @@ from medssl.inference.embedding_file import read_embeddings
 from medssl.inference.predict import NOTICE
 from medssl.report.figures import COLOURS
 from medssl.report.page import NAME, _template
+from medssl.training.heads import Standardiser, unit
 
 Layout = Literal["tsne", "pca"]
 Floats = NDArray[np.float64]
@@ -179,7 +179,7 @@ def _points(found: Embeddings, rows: Floats, places: Floats, pictures: bool) -> 
     colours = {group: COLOURS[number % len(COLOURS)] for number, group in enumerate(sorted(set(groups)))}
     order, cosines = nearest(rows, NEIGHBOURS)
     notes = [
-        ", ".join(values[row] for values in (found.modalities, found.splits) if values and values[row])
+        ", ".join(values[row] for values in (found.labels, found.modalities, found.splits) if values and values[row])
         for row in range(len(found))
     ]
     return [
@@ -199,8 +199,11 @@ def _points(found: Embeddings, rows: Floats, places: Floats, pictures: bool) -> 
 
 
 def _groups(found: Embeddings) -> tuple[str, ...]:
-    """Return what points are coloured by: modality where there are several, else split."""
-    for values in (found.modalities, found.splits):
+    """Return what points are coloured by: labels where there are some, else modality where there are several, or split.
+
+    Labels of which there are more than colours tell nothing apart.
+    """
+    for values in (found.labels if len(set(found.labels)) <= len(COLOURS) else (), found.modalities, found.splits):
         if len(set(values)) > 1:
             return values
     return ("",) * len(found)

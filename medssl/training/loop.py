@@ -75,8 +75,9 @@ class Job:
         name: Title of the progress bar.
         optimiser: Makes the optimiser, in place of the one of the settings.
         rates: Learning rate of each of its groups at a step, in place of the schedule of the settings.
-        look: Looks at the method every `validate_every` steps and returns figures for metrics.jsonl; called with the
-            engine and the steps done, on every rank.
+        look: Looks at the method every `look_every` steps and returns figures for metrics.jsonl; called with the engine
+            and the steps done, on every rank.
+        look_every: None takes `validate_every` of the settings.
     """
 
     method: Method
@@ -89,6 +90,7 @@ class Job:
     optimiser: Callable[[Method], torch.optim.Optimizer] | None = None
     rates: Callable[[int], Sequence[float]] | None = None
     look: Callable[[Engine, int], dict[str, float]] | None = None
+    look_every: int | None = None
 
 
 def train(job: Job, fabric: Fabric, *, state: dict[str, Any] | None = None, quiet: bool = False) -> Path:
@@ -123,6 +125,7 @@ class _Loop:
         self.views: Views = []
         self.end_of_plateau = end_of_plateau(self.settings.schedule, self.settings.steps)
         self.spacing_mm, self.modality = torch.ones(3), "MR"
+        self.look_every = self.settings.validate_every if job.look_every is None else job.look_every
         self.waited = 0.0
 
     def run(self) -> Path:
@@ -141,7 +144,7 @@ class _Loop:
             while state.step < settings.steps:
                 self._step(batches)
                 state.step += 1
-                due = [settings.log_every, settings.health_every, settings.validate_every]
+                due = [settings.log_every, settings.health_every, settings.validate_every, self.look_every]
                 note = self._log() if any(map(self._due, due)) else ""
                 if self._due(settings.pictures_every):
                     self._draw()
@@ -192,7 +195,7 @@ class _Loop:
             row |= {f"health/{name}": value for name, value in self._health().items()}
         if self.job.validation is not None and self._due(settings.validate_every):
             row |= self._validate(self.job.validation)
-        if self.job.look is not None and self._due(settings.validate_every):
+        if self.job.look is not None and self._due(self.look_every):
             row |= self.job.look(self.engine, state.step)
         if self.metrics is not None:
             self.metrics.write(state.step, row)

@@ -126,6 +126,10 @@ class Method(nn.Module):
         """
         return {}
 
+    def exported_heads(self) -> dict[str, Tensor]:
+        """Return weights beside the network's that an application needs, by name; small, kept in each checkpoint."""
+        return {}
+
     def pictures(self, views: Views) -> dict[str, Tensor]:
         """Return images worth looking at, by name, each (B, C, Z, Y, X) or (B, C, Y, X). Called now and then."""
         return {}

@@ -11,8 +11,8 @@ from medssl.training.guards import GuardSettings
 from medssl.training.optimisers import OptimiserSettings
 from medssl.training.schedules import ScheduleSettings
 
-#: Settings that a resumed run may change: they alter neither the weights nor the rows of metrics.jsonl.
-FREE_ON_RESUME = frozenset({"workers", "save_minutes", "save_every", "keep", "pictures_every"})
+#: Settings that a resumed run may change: they alter neither the weights nor the training's own rows of metrics.jsonl.
+FREE_ON_RESUME = frozenset({"workers", "save_minutes", "save_every", "keep", "pictures_every", "probes"})
 
 
 class TrainingSettings(Settings):

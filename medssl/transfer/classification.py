@@ -24,10 +24,12 @@ from medssl.training.lock import run_lock
 from medssl.training.loop import Job, train
 from medssl.training.settings import TrainingSettings
 from medssl.transfer import classification_files as files
+from medssl.transfer.classification_folds import train_folds
 from medssl.transfer.classification_images import Images, prepare_images
-from medssl.transfer.classification_method import Classification, Rates, class_weights, fit_head_scale
+from medssl.transfer.classification_method import Classification, Rates, class_weights, fit_head_scale, hint_at_balance
 from medssl.transfer.classification_run import BEST, Export, Look, build_classifier, finish
 from medssl.transfer.classification_settings import ClassificationSettings, refuse_changes
+from medssl.transfer.classifier_files import number_of_folds
 from medssl.transfer.image_batches import ImageLoader, ImageOrder, ImageSet
 from medssl.transfer.image_fit import check_fit
 from medssl.transfer.images import ImageOptions
@@ -43,7 +45,7 @@ def finetune_classification(
     kind: str = "auto",
     classes: Sequence[str] | None = None,
     folds: int | None = None,
-    fold: int = 0,
+    fold: int | None = None,
     labelled: int | None = None,
     ignore_unlabelled: bool = False,
     network: str | None = None,
@@ -83,7 +85,8 @@ def finetune_classification(
         kind: Kind of target.
         classes: Names of the classes in order.
         folds: Deal the patients out into so many folds.
-        fold: Which of them validates.
+        fold: Which of them validates; None trains all of them, each a RUN below `out`, see
+            `medssl.transfer.classification_folds`.
         labelled: Use only so many of the training cases, drawn by the seed; fewer are always a part of more.
         ignore_unlabelled: Leave out images without a label.
         network: Network of a run from scratch.
@@ -117,6 +120,28 @@ def finetune_classification(
         Interrupted: If a signal ended the run, after it was saved.
     """
     dataset, out = Path(dataset), Path(out)
+    if folds is not None and fold is None:
+        parts = [
+            read_targets(
+                dataset, labels=labels, kind=kind, classes=classes, folds=folds, fold=number,
+                ignore_unlabelled=ignore_unlabelled,
+            )
+            for number in range(max(folds, 1))
+        ]  # fmt: skip
+
+        def train_one(folder: Path, number: int) -> Path:
+            return finetune_classification(
+                dataset, checkpoint, folder, labels=labels, kind=kind, classes=classes, folds=folds, fold=number,
+                labelled=labelled, ignore_unlabelled=ignore_unlabelled, network=network, plans_from=plans_from,
+                patch_size=patch_size, fit=fit, spacing=spacing, normalisation=normalisation, modality=modality,
+                grey=grey, laterality=laterality, overrides=overrides, cache=cache or out / "images", device=device,
+                workers=workers, resume=resume, quiet=quiet, **settings,
+            )  # fmt: skip
+
+        return train_folds(out, parts, train_one, resume=resume, overwrite=overwrite)
+    if resume and number_of_folds(out) is not None:
+        raise UsageError(f"--resume: {out} holds {number_of_folds(out)} folds: leave --fold away to go on with them.")
+    fold = fold or 0
     chosen = _settings(settings, laterality, overrides)
     check_fit(fit)
     template = _template(checkpoint, plans_from, network)
@@ -125,6 +150,8 @@ def finetune_classification(
     )
     targets = whole if labelled is None else draw_labelled(whole, labelled, chosen.seed)
     weights = class_weights(targets, chosen)
+    if chosen.balance == "none" and not quiet:
+        hint_at_balance(targets)
     machine = find_machine(device)
     options = ImageOptions(
         spacing if isinstance(spacing, str) else tuple(spacing), normalisation, modality, grey, workers, quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,10 @@ from medssl.transfer.classification_settings import ClassificationSettings
 from medssl.transfer.image_batches import ImageBatch, ImageSet
 from medssl.transfer.schedule import Schedule, depths_of, group_of
 
+logger = logging.getLogger(__name__)
+
+#: From this ratio of the most frequent class to the rarest on, the user is told of `balance`.
+LARGEST_RATIO = 3
 #: Images whose features standardise the head's input.
 SCALE_IMAGES = 512
 
@@ -110,6 +115,24 @@ def class_weights(targets: Targets, settings: ClassificationSettings) -> Tensor 
             )
         return torch.tensor(positive_weights(numbers, len(train), settings.effective_beta))
     return torch.tensor(effective_number_weights(numbers, settings.effective_beta))
+
+
+def hint_at_balance(targets: Targets) -> None:
+    """Say so where the training cases of two classes, or those with and without a label, differ by a factor above 3."""
+    train = targets.of("train")
+    counts = targets.counts(train)
+    rare, least = min(counts.items(), key=lambda item: item[1])
+    frequent, most = max(counts.items(), key=lambda item: item[1])
+    if targets.kind == "multilabel":
+        rare, least = min(counts.items(), key=lambda item: min(item[1], len(train) - item[1]))
+        least = min(least, len(train) - least)
+        frequent, most = "the other side of it", len(train) - least
+    if most > LARGEST_RATIO * least:
+        logger.warning(
+            "Training cases are unequal (%s: %d, %s: %d): --balance weights or --balance sampling keeps the rare ones "
+            "from being overlooked.",
+            rare, least, frequent, most,
+        )  # fmt: skip
 
 
 class Rates:

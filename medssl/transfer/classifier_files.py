@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,10 +144,43 @@ def load_classifier(run_or_file: Path) -> TrainedClassifier:
         ) from error
 
 
+def load_members(run_or_file: Path) -> list[TrainedClassifier]:
+    """Read the classifiers whose probabilities are averaged: those of all folds, or the one that is given.
+
+    Raises:
+        CheckpointError: If one is missing or damaged, a fold is not finished, or folds differ in what they are shown.
+    """
+    folds = number_of_folds(run_or_file)
+    if folds is None:
+        return [load_classifier(run_or_file)]
+    if not json.loads((run_or_file / "run.json").read_text()).get("finished"):
+        raise CheckpointError(
+            f"{run_or_file}: not all of its {folds} folds are trained. Finish them with --resume, or give one fold."
+        )
+    members = [load_classifier(folder) for folder in fold_folders(run_or_file, folds)]
+    for member in members[1:]:
+        for name in ("classes", "kind", "patch_size", "fit", "channels", "input"):
+            if getattr(member, name) != getattr(members[0], name):
+                raise CheckpointError(f"{run_or_file}: the folds differ in {name}. Train them again together.")
+    return members
+
+
+def fold_folders(out: Path, folds: int) -> list[Path]:
+    """Return the RUN of each fold."""
+    return [out / f"fold_{number}" for number in range(folds)]
+
+
+def number_of_folds(run: Path) -> int | None:
+    """Return how many folds lie in a classification RUN, or None where it is one run or no RUN."""
+    try:
+        folds = json.loads((run / "run.json").read_text()).get("folds")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return int(folds) if isinstance(folds, int) else None
+
+
 def is_classification(run: Path) -> bool:
     """Whether a path is a classification RUN or a checkpoint of one."""
-    import json
-
     if run.is_dir():
         try:
             return bool(json.loads((run / "run.json").read_text()).get("kind") == KIND)

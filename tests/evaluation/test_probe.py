@@ -189,10 +189,10 @@ def test_the_segmentation_probe_leaves_the_encoder_as_it_was(encoder: Path, tmp_
 
 
 def test_a_store_without_a_validation_split_is_divided_by_patient(encoder: Path, tmp_path: Path) -> None:
-    from medssl.evaluation.segmentation_probe import _with_validation
+    from medssl.data.label_split import with_validation
 
     store = make_store(tmp_path / "store", n=40, shape=(4, 4, 4), labels=True)
-    divided = _with_validation(store.with_splits(dict.fromkeys(store.ids, "train")))
+    divided = with_validation(store.with_splits(dict.fromkeys(store.ids, "train")))
     patients = [{str(divided.row(name)["patient_key"]) for name in divided.ids_of(s)} for s in ("train", "validation")]
     assert patients[0] and patients[1] and not patients[0] & patients[1]
     unlabelled = make_store(tmp_path / "bare", n=3, shape=(16, 16, 16))

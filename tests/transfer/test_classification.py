@@ -228,7 +228,7 @@ def test_the_best_checkpoint_is_chosen_by_validation_loss(npz: Path, cache: Path
 
 def test_prediction_of_new_images_equals_that_of_the_run(tmp_path: Path) -> None:
     folder = write_pictures(tmp_path / "pictures")
-    run = finetune(folder, tmp_path / "run", grey=True, modality="US", folds=2, steps=2)
+    run = finetune(folder, tmp_path / "run", grey=True, modality="US", folds=2, fold=0, steps=2)
     summary = predict(run, folder, tmp_path / "prediction", device="cpu", quiet=True)
     assert summary.exit_code == 0
     table = read_probabilities(tmp_path / "prediction" / "probabilities.csv")
@@ -284,7 +284,7 @@ def test_an_index_with_labels_is_trained_on(tmp_path: Path) -> None:
     labels = tmp_path / "by_id.csv"
     lines = [f"{known[str(number)]},{number // 2 % 2}" for number in range(16)]
     labels.write_text("\n".join(["volume_id,label", *lines]))
-    run = finetune(tmp_path / "index", tmp_path / "run", labels=labels, folds=2, steps=1)
+    run = finetune(tmp_path / "index", tmp_path / "run", labels=labels, folds=2, fold=0, steps=1)
     cases = read_probabilities(run / "validation" / "probabilities.csv").cases
     assert set(cases) < set(known.values()) and len(cases) == 8
 

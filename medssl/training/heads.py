@@ -141,7 +141,7 @@ def knn_probe(train: Cases, kind: Kind, classes: int, select: Cases | None = Non
     """
 
     def fit(cases: Cases, setting: float) -> Head:
-        return _Neighbours(cases, kind, classes, int(setting))
+        return Neighbours(cases, kind, classes, int(setting))
 
     # In a fold there are fewer cases to vote than in all.
     most = len(train.features) * (FOLDS - 1) // FOLDS if select is None else len(train.features)
@@ -242,7 +242,9 @@ class Logistic:
         return np.full(len(x), model) if isinstance(model, float) else model.predict_proba(x)[:, 1]
 
 
-class _Neighbours:
+class Neighbours:
+    """The vote of the `count` nearest cases; see `knn_probe`."""
+
     def __init__(self, cases: Cases, kind: Kind, classes: int, count: int) -> None:
         self.standardise = Standardiser(cases.features)
         self.rows = unit(self.standardise(cases.features))

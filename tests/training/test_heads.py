@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from medssl.errors import DataError
-from medssl.evaluation.heads import (
+from medssl.training.heads import (
     STRENGTHS,
     TEMPERATURE,
     Cases,
@@ -162,7 +162,7 @@ def test_several_labels_are_told_apart_and_one_that_never_occurs_does_not_hurt(p
 
 
 def test_no_patient_teaches_and_chooses_in_one_fold() -> None:
-    from medssl.evaluation.heads import _folds
+    from medssl.training.heads import _folds
 
     cases = blobs(60)
     pairs = _folds(cases, "multiclass", 0)
