@@ -66,9 +66,9 @@ def test_an_unknown_option_is_wrong_use(monkeypatch, capsys) -> None:
 
 
 def test_an_unknown_method_lists_near_names(monkeypatch, capsys, tmp_path: Path) -> None:
-    code = run(monkeypatch, "pretrain", "--method", "maee", "--store", str(tmp_path), "--out", str(tmp_path / "run"))
+    code = run(monkeypatch, "pretrain", "--method", "simclrr", "--store", str(tmp_path), "--out", str(tmp_path / "run"))
     assert code == 2
-    assert "Did you mean mae?" in capsys.readouterr().err
+    assert "Did you mean simclr?" in capsys.readouterr().err
 
 
 def test_spacing_that_is_no_number_is_wrong_use(monkeypatch, capsys, tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def test_looking_at_health_and_pictures_leaves_no_trace(name: str, dimensions: i
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dimensions"), CASES)
 def test_the_loss_falls_on_a_few_volumes(name: str, dimensions: int) -> None:
-    losses = steps_of(name, dimensions, 60)
+    # The hinge of the variance moves slowly.
+    losses = steps_of(name, dimensions, 60, 3e-3 if name == "vicreg" else 1e-3)
     assert sum(losses[-10:]) < sum(losses[:10])
 
 
