@@ -3,9 +3,9 @@
     python pipelines/benchmarks/methods.py [--only NAME ...]
 
 Every registered method takes steps on resenc-xs with its defaults, float32, one thread, on the same synthetic volumes:
-3D patches of 32 with batch 8, 2D patches of 64 with batch 16. Each method has a process of its own, which also runs the
-masked autoencoder, in turns, so that what else the machine does falls on both. Memory is the peak of that process less
-what it held before the first step, measured in a second process that runs the method alone. Takes about ten minutes.
+3D patches of 32 with batch 4, 2D patches of 64 with batch 8. Each method has a process of its own, which also runs the
+masked autoencoder, in turns, so that what else the machine does falls on both. Memory is the peak of two
+steps of the method alone less what the process held before them. Takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CROPS = {2: ("[64,64]", 16), 3: ("[32,32,32]", 8)}
-TURNS = 5
-STEPS = 2
+CROPS = {2: ("[64,64]", 8), 3: ("[32,32,32]", 4)}
+TURNS = 4
 
 
 def main() -> None:
@@ -34,12 +33,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", nargs="+", help="names of methods")
     parser.add_argument("--tiny", action="store_true", help="only show that it runs; nothing is written")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        kind, name, dimensions, store = options.measure
-        measure = _time if kind == "time" else _memory
-        print(json.dumps(measure(name, int(dimensions), Path(store), tiny=options.tiny)))
+        name, dimensions, store = options.measure
+        print(json.dumps(_measure(name, int(dimensions), Path(store), tiny=options.tiny)))
         return
     from _common import print_table, write_results
     from _synthetic_store import synthetic_store
@@ -47,6 +45,7 @@ def main() -> None:
     from medssl import registry
 
     rows = []
+    of_mae: dict[int, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
         stores = {
             2: synthetic_store(Path(scratch) / "slices", volumes=8, shape=(8, 96, 96)),
@@ -57,14 +56,11 @@ def main() -> None:
                 continue
             for dimensions in entry.dimensions:
                 folder = stores[dimensions].folder
-                times = _in_process("time", name, dimensions, folder, options.tiny)
+                found = _in_process(name, dimensions, folder, options.tiny)
                 row: dict[str, Any] = {"method": name, "dimensions": f"{dimensions}D"}
-                row["step, s"], row["time / mae"] = times["seconds"], times["ratio"]
-                memory = {
-                    each: _in_process("memory", each, dimensions, folder, options.tiny)["mebibytes"]
-                    for each in dict.fromkeys((name, "mae"))
-                }
-                row["memory / mae"] = round(memory[name] / memory["mae"], 2)
+                row["step, s"], row["time / mae"] = found["seconds"], found["ratio"]
+                of_mae.setdefault(dimensions, found["mebibytes"])
+                row["memory / mae"] = round(found["mebibytes"] / of_mae[dimensions], 2)
                 rows.append(row)
                 print(row, flush=True)
     print_table(rows)
@@ -73,8 +69,8 @@ def main() -> None:
         print(f"Written: {write_results('methods', payload).relative_to(REPOSITORY)}")
 
 
-def _in_process(kind: str, name: str, dimensions: int, store: Path, tiny: bool) -> dict[str, float]:
-    line = [sys.executable, __file__, "--measure", kind, name, str(dimensions), str(store), *(["--tiny"] * tiny)]
+def _in_process(name: str, dimensions: int, store: Path, tiny: bool) -> dict[str, float]:
+    line = [sys.executable, __file__, "--measure", name, str(dimensions), str(store), *(["--tiny"] * tiny)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -88,46 +84,36 @@ def _overrides(name: str, dimensions: int) -> tuple[str, ...]:
     return (f"method={name}", "network=resenc-xs", f"patch_size={patch}", f"batch_size={batch}", "workers=0")
 
 
-def _time(name: str, dimensions: int, folder: Path, *, tiny: bool) -> dict[str, float]:
-    """Return the time of a step, and its ratio to that of the masked autoencoder."""
-    from _engines import parts_of
-
-    from medssl.preprocessing.store import Store
-
-    store = Store.open(folder)
-    took: dict[str, list[float]] = {name: [], "mae": []}
-    with (
-        parts_of(store, "cpu", _overrides(name, dimensions)) as ours,
-        parts_of(store, "cpu", _overrides("mae", dimensions)) as mae,
-    ):
-        arms = {name: (ours, ours.seen()), "mae": (mae, mae.seen())}
-        for parts, views in arms.values():
-            parts.step(views)
-        for _ in range(1 if tiny else TURNS):
-            for each, (parts, views) in arms.items():
-                began = time.perf_counter()
-                for _ in range(STEPS):
-                    parts.step(views)
-                took[each].append((time.perf_counter() - began) / STEPS)
-    ratio = statistics.median(a / b for a, b in zip(took[name], took["mae"], strict=True))
-    return {"seconds": round(statistics.median(took[name]), 3), "ratio": 1.0 if name == "mae" else round(ratio, 2)}
-
-
-def _memory(name: str, dimensions: int, folder: Path, *, tiny: bool) -> dict[str, float]:
-    """Return the memory that two steps take beyond what the process held before them."""
+def _measure(name: str, dimensions: int, folder: Path, *, tiny: bool) -> dict[str, float]:
+    """Return the time of a step, its ratio to that of the masked autoencoder, and the memory of two steps."""
     import resource
 
     from _engines import parts_of
 
     from medssl.preprocessing.store import Store
 
-    with parts_of(Store.open(folder), "cpu", _overrides(name, dimensions)) as parts:
+    store = Store.open(folder)
+    took: dict[str, list[float]] = {name: [], "mae": []}
+    with parts_of(store, "cpu", _overrides(name, dimensions)) as ours:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        views = parts.seen()
-        for _ in range(1 if tiny else 2):
-            parts.step(views)
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return {"mebibytes": max(used / 1024, 1.0)}
+        views = ours.seen()
+        for _ in range(2):
+            ours.step(views)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        with parts_of(store, "cpu", _overrides("mae", dimensions)) as mae:
+            arms = {name: (ours, views), "mae": (mae, mae.seen())}
+            arms["mae"][0].step(arms["mae"][1])
+            for _ in range(1 if tiny else TURNS):
+                for each, (parts, seen) in arms.items():
+                    began = time.perf_counter()
+                    parts.step(seen)
+                    took[each].append(time.perf_counter() - began)
+    ratio = statistics.median(a / b for a, b in zip(took[name], took["mae"], strict=True))
+    return {
+        "seconds": round(statistics.median(took[name]), 3),
+        "ratio": 1.0 if name == "mae" else round(ratio, 2),
+        "mebibytes": max(memory / 1024, 1.0),
+    }
 
 
 if __name__ == "__main__":
