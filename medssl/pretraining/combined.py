@@ -180,6 +180,10 @@ class Combined(Method):
         """Return the pictures of all methods."""
         return self._of_each(lambda name, method: method.pictures(_views_of(views, name)))
 
+    def exported_heads(self) -> dict[str, Tensor]:
+        """Return the heads of all methods."""
+        return self._of_each(lambda _, method: method.exported_heads())
+
     def _of_each(self, look: Callable[[str, Method], Mapping[str, Value]]) -> dict[str, Value]:
         return {
             f"{name}/{key}": value for name, method in self.methods.items() for key, value in look(name, method).items()

@@ -105,3 +105,9 @@ def test_health_carries_the_names_of_the_methods() -> None:
     with torch.no_grad():
         figures = method.health(method.views(batch, Draw(0, batch.sample_index)))
     assert {"mae/error_to_mean", "simclr/feature_std"} <= set(figures)
+
+
+def test_heads_of_each_method_are_exported_under_its_name() -> None:
+    method, _ = combined(mae={}, voxel_contrast={})
+    heads = method.exported_heads()
+    assert heads and all(name.startswith("voxel-contrast/") for name in heads)

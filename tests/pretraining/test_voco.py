@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medssl.augmentation.correspondence import source_positions_mm
+from medssl.augmentation.correspondence import source_positions_mm, values_at
 from medssl.augmentation.policy import AugmentationSettings, policy_for
 from medssl.data.batch import Batch, Views
 from medssl.data.draw import Draw
@@ -99,6 +99,26 @@ def test_labels_are_the_shared_part_of_the_voxels_however_the_patch_lies(
                 apart = torch.cdist(target, places[base], compute_mode=EXACT)
                 shared = (apart < 1e-2).any(dim=1).float().mean().item()
                 assert labels[sample, number, base].item() == pytest.approx(shared, abs=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_a_crop_shows_the_volume_where_its_map_says_and_knows_what_lies_outside(dimensions: int) -> None:
+    method = method_of(dimensions, MOVED)
+    method = method_of(dimensions, MOVED | {"intensity": dict.fromkeys(method.policy.by_modality["MR"].intensity)})
+    batch = batch_of(method)
+    batch.valid[:, 2, 1] = batch.image.shape[-1] // 2
+    batch.image[..., batch.image.shape[-1] // 2 :] = 0
+    seen = 0
+    for view in method.views(batch, Draw(0, batch.sample_index)):
+        voxels = (source_positions_mm(view).flatten(2).mT - batch.origin_mm[:, None]) / batch.spacing_mm[:, None]
+        inside = voxels[:, :, 2] <= batch.image.shape[-1] // 2 - 0.5
+        assert torch.equal(view.inside.flatten(1) & ~inside, torch.zeros_like(inside))
+        assert (view.inside.flatten(1) == inside).float().mean() > 0.9
+        expected = values_at(batch.image, voxels, batch.image.shape[2:])[:, 0]
+        well = (voxels[:, :, 2] < batch.image.shape[-1] // 2 - 2) & view.inside.flatten(1)
+        torch.testing.assert_close(view.image.flatten(1)[well], expected[well], atol=0.02, rtol=0)
+        seen += int(well.sum())
+    assert seen > 100
 
 
 def test_all_crops_share_the_geometry_and_each_has_intensities_of_its_own() -> None:
