@@ -10,9 +10,12 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-#: Columns of a list that may be folded; the others hold names.
+#: Columns of a list that may be folded; the others hold names. A folded column is no use below so many characters.
+LEAST_PROSE = 20
 PROSE = {"summary", "source", "title", "transforms", "meaning", "remedy", "detail", "licence"}
 
 _out = Console()
@@ -51,12 +54,29 @@ def table(title: str, entries: Iterable[Any], as_json: bool) -> None:
     if as_json:
         _json(rows)
         return
+    names = list(rows[0]) if rows else []
+    widths = [max(len(name), *(len(_cell(row[name])) for row in rows)) for name in names]
+    needed = sum(LEAST_PROSE if name in PROSE else width for name, width in zip(names, widths, strict=True))
+    if needed + 3 * len(names) + 1 > _out.width:
+        _blocks(rows)
+        return
     listed = Table(title=title)
-    for name in rows[0] if rows else ():
+    for name in names:
         listed.add_column(name, no_wrap=name not in PROSE, overflow="fold")
     for row in rows:
         listed.add_row(*map(_cell, row.values()))
     _out.print(listed)
+
+
+def _blocks(rows: list[dict[str, Any]]) -> None:
+    """Print rows below each other, where side by side their columns would not fit the terminal."""
+    for row in rows:
+        first, *others = ((name, _cell(value)) for name, value in row.items())
+        facts = ", ".join(f"{name} {value}" for name, value in others if name not in PROSE and value)
+        _out.print(Text.assemble((first[1], "bold"), f"  {facts}"))
+        for name, value in others:
+            if name in PROSE and value:
+                _out.print(Padding(Text(value), (0, 0, 0, 4)))
 
 
 def _json(content: Any) -> None:
