@@ -134,3 +134,18 @@ def test_doctor_finds_every_decoder_here(monkeypatch, capsys) -> None:
 def test_help_and_lists_do_not_import_torch() -> None:
     program = "import sys; import medssl.cli, medssl.registry; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--store", "s", "--grey", "--patch-size", "8,8"], "--patch-size, --grey only count with --dataset"),
+        (["--store", "s", "--spacing", "median"], "--spacing only count with --dataset"),
+        (["--store", "s", "--labels", "l.csv"], "--labels only count"),
+        (["--dataset", "d.npz", "--boxes", "cover"], "--boxes only count with --store"),
+        (["--store", "s", "--dataset", "d.npz"], "one of them"),
+    ],
+)
+def test_options_of_the_other_kind_of_images_are_named(options: list[str], message: str, monkeypatch, capsys) -> None:
+    assert run(monkeypatch, "embed", "run", "--out", "features", *options) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

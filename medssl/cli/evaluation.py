@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import typer
 
 from medssl import options as o
 from medssl.cli.apps import app, evaluate_app
@@ -267,6 +270,7 @@ def evaluate_ood(
 
 @app.command()
 def embed(
+    context: typer.Context,
     checkpoint: o.Encoder,
     out: o.Out,
     store: o.OptionalStore = None,
@@ -309,11 +313,16 @@ def embed(
         "overwrite": overwrite,
         "quiet": quiet,
     }
-    if store is not None and dataset is None:
-        found = embed_store(checkpoint, store, out, boxes=boxes, **shared)
-    elif dataset is None or store is not None:
+    if (store is None) == (dataset is None):
         raise UsageError("Give --store or --dataset, one of them.")
-    else:
+    given, other = ("--store", "--dataset") if dataset is None else ("--dataset", "--store")
+    of_images = ("labels", "fit", "patch_size", "spacing", "normalisation", "modality", "grey", "cache")
+    idle = _typed(context, of_images if dataset is None else ("boxes",))
+    if idle:
+        raise UsageError(f"{', '.join(idle)} only count with {other}: leave them away with {given}.")
+    if store is not None:
+        found = embed_store(checkpoint, store, out, boxes=boxes, **shared)
+    elif dataset is not None:
         found = embed_images(
             checkpoint,
             dataset,
@@ -326,6 +335,14 @@ def embed(
             **shared,
         )
     say(f"{len(found)} features of {found.features.shape[1]} numbers: {out / FEATURES}\nMap: medssl report {out}")
+
+
+def _typed(context: typer.Context, parameters: Sequence[str]) -> list[str]:
+    """Return the options among some that stand on the command line, also where they give the default."""
+    sources = {name: context.get_parameter_source(name) for name in parameters}
+    return [
+        "--" + name.replace("_", "-") for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    ]
 
 
 @app.command()

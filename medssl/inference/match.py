@@ -260,9 +260,10 @@ def _check_inside(source: Placed, names: Sequence[str], mm: NDArray[np.float64],
 
 
 def _given(points: Sequence[Sequence[float]]) -> tuple[list[str], NDArray[np.float64]]:
-    array = np.asarray([list(point) for point in points], np.float64)
-    if array.ndim != 2 or array.shape[1] != 3 or not len(array):
+    rows = [list(point) for point in points]
+    if not rows or any(len(row) != 3 for row in rows):
         raise UsageError("A point is three numbers x, y, z; give at least one.")
+    array = np.asarray(rows, np.float64)
     return [str(number + 1) for number in range(len(array))], array
 
 

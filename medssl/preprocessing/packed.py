@@ -54,31 +54,38 @@ class PackedStore(Store):
             info: Its `store.json`.
 
         Raises:
-            DataError: If it is of a newer kind, or a file is not as long as it was.
+            DataError: If it is of a newer kind, a file is not as long as it was, or a place of an image cannot be its.
         """
         if info.get("schema_version", 0) > SCHEMA_VERSION:
             raise DataError(
                 f"{folder / STORE_FILE} is a packed store of schema {info['schema_version']}; this medssl reads up to "
                 f"{SCHEMA_VERSION}. Install the medssl that wrote it, or prepare the images again."
             )
-        for name, size in info["files"].items():
+        files = info.get("files")
+        if not isinstance(files, dict) or set(files) != {VOXELS, FOREGROUND, FACTS}:
+            raise _damaged(folder, f'"files" must name {VOXELS}, {FOREGROUND} and {FACTS}')
+        for name, size in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
                 raise DataError(f"{path} is missing or not {size} bytes long. Remove {folder} to have it made again.")
+        _check_places(folder, info)
         return PackedStore(folder, info)
 
     def _read_entry(self, volume_id: str) -> StoreEntry:
         row = self._facts[volume_id]
         start, length = row["line"]
+        first, count = row["tissue"]
+        tissue = self._mapped(FOREGROUND, np.dtype("<i4"))[3 * first : 3 * (first + count)]
         try:
             facts = json.loads(self._mapped(FACTS, np.dtype(np.uint8))[start : start + length].tobytes())
-        except ValueError as error:
+            strange = [name for name in ("shape", "patient_key", "modality") if facts[name] != row[name]]
+            if strange:
+                raise ValueError(f"the {' and '.join(strange)} of {volume_id} differ from those in {STORE_FILE}")
+            return entry_of(volume_id, {**facts, "foreground": tissue.reshape(-1, 3)})
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{self.folder / FACTS} is damaged ({error}). Remove {self.folder} to have it made again."
             ) from error
-        first, count = row["tissue"]
-        tissue = self._mapped(FOREGROUND, np.dtype("<i4"))[3 * first : 3 * (first + count)]
-        return entry_of(volume_id, {**facts, "foreground": tissue.reshape(-1, 3)})
 
     def _array(self, stem: str) -> Any:
         self._require(stem)
@@ -98,6 +105,61 @@ class PackedStore(Store):
             self._open_arrays[name] = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
         found: NDArray[Any] = self._open_arrays[name]
         return found
+
+
+def _check_places(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a table that does not give each part of each file to one image, in one order for all files.
+
+    Raises:
+        DataError: Naming what is wrong.
+    """
+    rows, sizes = info.get("volumes"), info["files"]
+    named = ("id", "modality", "patient_key", "split", "has_label", "first")
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict) and all(key in row for key in named) for row in rows
+    ):
+        raise _damaged(folder, f'"volumes" must be a list of rows with {", ".join(named)}, shape, tissue and line')
+    if len({str(row["id"]) for row in rows}) != len(rows):
+        raise _damaged(folder, "an id stands there twice")
+    shapes = _whole_numbers(folder, rows, "shape", 4)
+    # In floats first: as whole numbers a product that is too large may turn out as one that fits.
+    if (shapes < 1).any() or (shapes.prod(axis=1, dtype=np.float64) > sizes[VOXELS]).any():
+        raise _damaged(folder, f"a shape is not that of an image in {VOXELS}: it has 4 numbers, each 1 or more")
+    first = _whole_numbers(folder, rows, "first", 1)
+    spans = {
+        VOXELS: (4, np.concatenate([first, shapes.prod(axis=1, keepdims=True)], axis=1)),
+        FOREGROUND: (12, _whole_numbers(folder, rows, "tissue", 2)),
+        FACTS: (1, _whole_numbers(folder, rows, "line", 2)),
+    }
+    order = np.argsort(first[:, 0], kind="stable")
+    for name, (unit, span) in spans.items():
+        start, length = span[order].T
+        if (length < 0).any() or (length > sizes[name]).any():
+            raise _damaged(folder, f"an image has less than nothing or more than all of {name}")
+        stop = np.cumsum(length)
+        wrong = np.flatnonzero(start != stop - length)
+        if len(wrong):
+            volume_id = rows[order[wrong[0]]]["id"]
+            raise _damaged(folder, f"{volume_id} does not begin in {name} where the image before it ends")
+        if unit * int(length.sum()) != sizes[name]:
+            raise _damaged(
+                folder, f"the images take {unit * int(length.sum())} bytes of {name}, which has {sizes[name]}"
+            )
+
+
+def _whole_numbers(folder: Path, rows: list[dict[str, Any]], column: str, width: int) -> NDArray[np.int64]:
+    """Return a column of whole numbers. Shape: (rows, width)."""
+    try:
+        found = np.array([row[column] for row in rows] or np.empty((0, width), np.int64))
+    except (KeyError, ValueError, OverflowError):
+        found = np.empty(0)
+    if found.dtype != np.int64 or found.shape not in ((len(rows), width), (len(rows),) if width == 1 else ()):
+        raise _damaged(folder, f"not every image has {width} whole number{'s' * (width > 1)} as {column}")
+    return found.reshape(len(rows), width)
+
+
+def _damaged(folder: Path, what: str) -> DataError:
+    return DataError(f"{folder / STORE_FILE} is damaged: {what}. Remove {folder} to have it made again.")
 
 
 class PackedWriter:

@@ -18,6 +18,7 @@ from medssl.config import Settings, check_settings
 from medssl.data.batch import Batch, View, Views
 from medssl.data.draw import Draw
 from medssl.errors import UsageError
+from medssl.networks.build import freeze_decoder
 from medssl.networks.encoder import Encoder
 from medssl.training.method import Method, Needs, Step
 
@@ -45,9 +46,15 @@ class CombinedSettings(Settings):
         if len(value) < 2 or NAME in value:
             raise ValueError(f"name two or more methods other than {NAME}, got {', '.join(value) or 'none'}")
         try:
-            return {name: _settings_of(name, values).model_dump(mode="json") for name, values in value.items()}
+            known = {name: _settings_of(name, values).model_dump(mode="json") for name, values in value.items()}
         except UsageError as error:
             raise ValueError(str(error)) from error
+        cut = [name for name, own in known.items() if (own.get("embedding_norm") or {}).get("cut", 1) != 1]
+        if cut:
+            raise ValueError(
+                f"{', '.join(cut)}: embedding_norm.cut divides weights that all methods share; leave it at 1"
+            )
+        return known
 
     def resolved(self, patch_size: Sequence[int]) -> CombinedSettings:
         """Return the settings with each method's resolved for a patch size."""
@@ -97,6 +104,8 @@ class Combined(Method):
         before = {name: weight.requires_grad for name, weight in network.named_parameters()}
         learns = dict.fromkeys(before, False)
         for name, kind, own in _kinds(settings):
+            if not kind.decoder_is_trained(own):
+                freeze_decoder(network)
             first, *_ = kind.purposes(own)
             self.methods[name] = kind(network, policy if first == policy.purpose else policy.sibling(first), own)
             # A method may hold parts of the network still; what another one trains has to learn all the same.
@@ -118,7 +127,7 @@ class Combined(Method):
         wanted = {
             name: kind.output_channels(in_channels, own)
             for name, kind, own in _kinds(settings)
-            if kind.decoder_is_trained(own)
+            if kind.output_is_used(own)
         }
         if len(set(wanted.values())) > 1:
             asked = ", ".join(f"{name} {count}" for name, count in wanted.items())

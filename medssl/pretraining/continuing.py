@@ -73,14 +73,17 @@ def read_start(run_or_file: Path, method: str) -> Start:
         CheckpointError: If there is no checkpoint, or it does not say what it is.
     """
     plateau = run_or_file / FOLDER / PLATEAU
-    path = plateau if plateau.is_file() and damage(plateau) is None else find_checkpoint(run_or_file)
+    fault = damage(plateau) if plateau.is_file() else None
+    if fault is not None:
+        logger.warning("%s: %s; the newest checkpoint is taken instead.", plateau, fault)
+    path = plateau if plateau.is_file() and fault is None else find_checkpoint(run_or_file)
     start = _start_of(path)
-    if start.state is None or start.facts["method"] != method:
+    if start.state is None or path.name != PLATEAU or start.facts["method"] != method:
         reason = (
             f"it was trained by {start.facts['method']}" if start.facts["method"] != method
-            else "its last checkpoint is annealed; schedule.name=infinite keeps one from before"
+            else "it is not from before the anneal of schedule.name=infinite"
         )  # fmt: skip
-        logger.info("Only the network's weights of %s are taken over: %s.", path.name, reason)
+        logger.warning("Only the network's weights of %s are taken over: %s.", path.name, reason)
         return Start(start.weights, start.architecture, start.in_channels, None, start.facts)
     return start
 
@@ -116,14 +119,19 @@ def check_start(start: Start, architecture: Architecture, in_channels: int) -> N
         )
 
 
-def check_state(start: Start, method: nn.Module) -> None:
-    """Refuse heads of another size than the method's.
+def check_state(start: Start, method: nn.Module, optimiser: str) -> None:
+    """Refuse heads of another size than the method's, and the state of another optimiser.
 
     Raises:
         UsageError: Naming the first that differs.
     """
     if start.state is None:
         return
+    if start.facts["optimiser"] not in (None, optimiser):
+        raise UsageError(
+            f"--continue-from: the optimiser of that run is {start.facts['optimiser']}, here it is {optimiser}. Set "
+            f"optimiser.name={start.facts['optimiser']}, or give no recipe to take over that run's."
+        )
     theirs = {name: tuple(value.shape) for name, value in start.state["method"].items()}
     ours = {name: tuple(value.shape) for name, value in method.state_dict().items()}
     for name in sorted({*theirs, *ours}):
@@ -135,8 +143,12 @@ def check_state(start: Start, method: nn.Module) -> None:
 
 
 def fitting(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights whose shapes are those of a network's; output layers of another method differ."""
-    return {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    """Return the weights whose shapes are those of a network's, and name the others: outputs of another method."""
+    taken = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    fresh = sorted(own.keys() - taken.keys())
+    if fresh:
+        logger.warning("%d of %d weights start anew: %s.", len(fresh), len(own), ", ".join(fresh[:4]))
+    return taken
 
 
 def _start_of(path: Path) -> Start:
@@ -149,5 +161,6 @@ def _start_of(path: Path) -> Start:
         # The draws, the sampler and the schedule begin anew; what was learned stays.
         state = {**state, "step": 0, "seconds": 0.0, "window": {"sums": {}, "count": 0}, "collapse": {}, "random": []}
     facts = {name: ours.get(name) for name in ("method", "step", "data_hash")}
+    facts["optimiser"] = ((ours.get("recipe") or {}).get("optimiser") or {}).get("name", ours.get("optimiser"))
     plan = ours["architecture"]
     return Start(content["network_weights"], Architecture.from_json(plan), int(plan["in_channels"]), state, facts)

@@ -12,6 +12,7 @@ from torch import Tensor
 from medssl.config import Settings
 from medssl.data.batch import View, Views
 from medssl.losses.precision import at_least_float32
+from medssl.losses.similarity import product
 from medssl.pretraining.joint import JointEmbedding, JointSettings, joint_health
 from medssl.training.distributed import gather
 from medssl.training.method import Needs
@@ -73,4 +74,4 @@ def retrieval(first: Tensor, second: Tensor) -> Tensor:
         second: Shape: (B, D).
     """
     first, second = (F.normalize(at_least_float32(rows), dim=1) for rows in (first, second))
-    return ((first @ second.T).argmax(dim=1) == torch.arange(len(first), device=first.device)).float().mean()
+    return (product(first, second.T).argmax(dim=1) == torch.arange(len(first), device=first.device)).float().mean()

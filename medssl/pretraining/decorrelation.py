@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from medssl.augmentation.policy import Policy
 from medssl.data.batch import Views
 from medssl.losses.precision import at_least_float32
+from medssl.losses.similarity import product
 from medssl.pretraining.heads import ProjectorSettings
 from medssl.pretraining.joint import JointEmbedding, JointSettings, joint_health
 from medssl.training.distributed import gather
@@ -80,7 +81,7 @@ def correlation_figures(first: Tensor, second: Tensor) -> dict[str, float]:
         at best; about 1 / sqrt(N) for independent features, 1 where all features are one).
     """
     first, second = _standardised(first), _standardised(second)
-    correlation = first.T @ second / len(first)
+    correlation = product(first.T, second) / len(first)
     diagonal, width = correlation.diagonal(), len(correlation)
     others = (correlation.square().sum() - diagonal.square().sum()) / max(width * (width - 1), 1)
     values = torch.stack([diagonal.mean(), others.clamp(min=0).sqrt()]).tolist()

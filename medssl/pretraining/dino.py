@@ -40,6 +40,13 @@ from medssl.training.distributed import gather
 from medssl.training.method import Needs, Step
 
 
+class DINOProjectorSettings(ProjectorSettings):
+    """Three layers before the prototypes; see `ProjectorSettings`."""
+
+    width: int = Field(default=256, ge=1)
+    layers: int = Field(default=3, ge=0)
+
+
 class DINOSettings(JointSettings):
     """Settings of DINO.
 
@@ -63,7 +70,7 @@ class DINOSettings(JointSettings):
         teacher: How the teacher follows.
     """
 
-    projector: ProjectorSettings = ProjectorSettings(hidden=512, width=256, layers=3)
+    projector: DINOProjectorSettings = DINOProjectorSettings()
     prototypes: int = Field(default=1024, ge=2)
     local_crops: int = Field(default=4, ge=0)
     local_size: tuple[int, ...] | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from medssl.config import Settings
 from medssl.pretraining.heads import scaled_gradient
+from medssl.training.distributed import mean_across_ranks
 
 
 class EmbeddingNormSettings(Settings):
@@ -42,4 +43,4 @@ def balanced_gradient(settings: EmbeddingNormSettings, rows: Tensor) -> Tensor:
     if settings.gradient_power == 0:
         return rows
     factor = rows.detach().norm(dim=1, keepdim=True).clamp(min=1e-12) ** settings.gradient_power
-    return scaled_gradient(rows, factor / factor.mean())
+    return scaled_gradient(rows, factor / mean_across_ranks(factor.mean()))

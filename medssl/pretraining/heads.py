@@ -35,9 +35,9 @@ class BatchStandardise(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Standardise each feature over the batch. Shape: (N, D), float32 or wider."""
+        """Standardise each feature over all rows. Shape: (..., D), float32 or wider."""
         rows = at_least_float32(rows)
-        everyone = gather(rows)
+        everyone = gather(rows.flatten(0, -2))
         mean = everyone.mean(dim=0)
         rows = (rows - mean) * torch.rsqrt((everyone - mean).square().mean(dim=0) + self.eps)
         return rows if self.weight is None or self.bias is None else rows * self.weight + self.bias

@@ -14,6 +14,7 @@ from medssl.config import Settings
 from medssl.data.batch import Batch, View, Views
 from medssl.data.draw import Draw
 from medssl.losses.precision import at_least_float32
+from medssl.losses.similarity import product
 from medssl.networks.encoder import Encoder
 from medssl.networks.pooling import pooled_stages, pooled_width
 from medssl.pretraining.embedding_norm import EmbeddingNormSettings, balanced_gradient, cut_weights
@@ -116,7 +117,7 @@ def joint_health(features: Tensor, first: Tensor, second: Tensor) -> dict[str, f
         the mean length of a projection.
     """
     first, second = at_least_float32(first), at_least_float32(second)
-    cosines = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T
+    cosines = product(F.normalize(first, dim=1), F.normalize(second, dim=1).T)
     count = len(first)
     others = (cosines.sum() - cosines.diagonal().sum()) / max(count * (count - 1), 1)
     figures = {

@@ -135,6 +135,11 @@ class LocalContrast(Method):
                 "region."
             )
 
+    @classmethod
+    def output_is_used(cls, settings: Settings) -> bool:
+        """Return False: features of the decoder are compared, not its output."""
+        return False
+
     def views(self, batch: Batch, draw: Draw) -> Views:
         """Make two views of each crop, and draw places in the first."""
         if self.settings.geometry == "different":

@@ -21,7 +21,7 @@ from medssl.augmentation.policy import Policy
 from medssl.data.batch import View, Views
 from medssl.losses.key_contrast import queue_contrast
 from medssl.losses.precision import at_least_float32
-from medssl.losses.similarity import unit_rows
+from medssl.losses.similarity import product, unit_rows
 from medssl.networks.pooling import pooled_stages
 from medssl.pretraining.contrast import ContrastSettings, InstanceContrast, retrieval
 from medssl.pretraining.distillation import teacher_lag
@@ -121,7 +121,7 @@ class MoCo(InstanceContrast):
             "teacher_lag": teacher_lag(self.teacher, self.encoder),
         }
         if len(entries) > 1:
-            figures["queue_similarity"] = (unit_rows(at_least_float32(query)) @ entries.T).mean()
+            figures["queue_similarity"] = product(unit_rows(at_least_float32(query)), entries.T).mean()
             figures["queue_std"] = feature_std(entries)
         return joint_health(features, query, key) | {name: float(value) for name, value in figures.items()}
 

@@ -25,6 +25,7 @@ from medssl.data.targets import Targets, draw_labelled
 from medssl.errors import DataError, UsageError
 from medssl.networks.encoder import Encoder
 from medssl.preprocessing.store import Store
+from medssl.preprocessing.store_files import STORE_FILE
 from medssl.pretraining.looks import LabelledCrops, LabelledImages, LabelledLook, QualityLook, VoxelLook, drawn_points
 from medssl.pretraining.probe_settings import VIEWED
 from medssl.pretraining.recipe import PretrainingSettings
@@ -142,6 +143,11 @@ def _labelled(
     labels: Path, settings: PretrainingSettings, store: Store, read_labelled: Reader | None
 ) -> LabelledImages:
     if _names_volumes(labels):
+        if not (store.folder / STORE_FILE).is_file():
+            raise UsageError(
+                "probes.labels: volumes of an nnU-Net folder cannot be named by volume_id. Give a store of `medssl "
+                "preprocess`, or a CSV of paths."
+            )
         targets = fewer(
             read_targets(store.folder, labels=labels, ignore_unlabelled=True),
             most_images(settings, store),
@@ -256,5 +262,5 @@ def _centre(store: Store, name: str, patch: Sequence[int]) -> Tensor:
 def _names_volumes(labels: Path) -> bool:
     if labels.suffix.lower() != ".csv" or not labels.is_file():
         return False
-    with labels.open(encoding="utf-8-sig") as handle:
-        return "volume_id" in handle.readline()
+    with labels.open("rb") as handle:
+        return b"volume_id" in handle.readline(65_536).lower()

@@ -20,7 +20,16 @@ from medssl.data.sampling import CropSettings, Split
 from medssl.errors import UsageError
 from medssl.networks.build import build_from_architecture, freeze_decoder, freeze_unused_outputs
 from medssl.preprocessing.store import Store
-from medssl.pretraining.continuing import Start, check_start, check_state, fitting, keep_start, kept_start, read_start
+from medssl.pretraining.continuing import (
+    START,
+    Start,
+    check_start,
+    check_state,
+    fitting,
+    keep_start,
+    kept_start,
+    read_start,
+)
 from medssl.pretraining.folder import (
     claim,
     newest_checkpoint,
@@ -94,6 +103,10 @@ def pretrain(
     before = stored_recipe(out) if resume else None
     if continue_from is not None and resume:
         raise UsageError("--continue-from starts a new run and --resume goes on with one: give one of them.")
+    if resume and before is None and (out / START).is_file():
+        raise UsageError(f"{out} was killed before it had begun: give --continue-from again, with --overwrite.")
+    if continue_from is not None and out.resolve() in (continue_from.resolve(), *continue_from.resolve().parents):
+        raise UsageError("--continue-from lies in --out, which --overwrite would remove. Give another --out.")
     if continue_from is not None and continue_from.is_dir():
         before = stored_recipe(continue_from)
         if before is not None and method not in (None, before.get("method")):
@@ -110,11 +123,25 @@ def pretrain(
     if resume and before is not None:
         refuse_changes(out, before, settings, source)
     fabric = launch(machine, settings.precision, device)
+    # All that can be refused is refused before anything is removed or written.
+    kind = registry.method(settings.method).load()
+    policy = policy_of(kind, settings, source)
+    with make_loader(kind, settings, source, fabric, policy, "train", 0) as loader:
+        channels = loader.channels
+    if start is not None:
+        check_state(start, build_method(kind, settings, policy, channels, start), settings.optimiser.name)
+    probes = OnlineProbes([])
+
+    def read() -> None:
+        nonlocal probes
+        probes = read_probes(settings, source, policy, channels, read_labelled)
+
+    on_main(fabric, read)
     with (
         claim(out, fabric, resume=resume, overwrite=overwrite),
         own_random_state(settings.seed + fabric.global_rank, machine.cuda),
     ):
-        return _run(settings, source, out, fabric, start=start, resume=resume, quiet=quiet, read_labelled=read_labelled)
+        return _run(settings, source, out, fabric, start=start, probes=probes, resume=resume, quiet=quiet)
 
 
 def given_values(
@@ -133,9 +160,9 @@ def _run(
     fabric: Fabric,
     *,
     start: Start | None,
+    probes: OnlineProbes,
     resume: bool,
     quiet: bool,
-    read_labelled: Reader | None,
 ) -> Path:
     saved = on_main(fabric, lambda: newest_checkpoint(out)) if resume else None
     state = None
@@ -162,16 +189,7 @@ def _run(
         if settings.validate_every:
             validation = stack.enter_context(make_loader(kind, settings, store, fabric, policy, "validation", 0))
         method = build_method(kind, settings, policy, loader.channels, start)
-        if saved is None and start is not None:
-            check_state(start, method)
         export = _Export(settings, store, method)
-        probes = OnlineProbes([])
-
-        def read() -> None:
-            nonlocal probes
-            probes = read_probes(settings, store, policy, loader.channels, read_labelled)
-
-        on_main(fabric, read)
         job = Job(
             method, settings, loader, validation, out, export, f"Pretraining {settings.method}",
             look=probes, look_every=settings.probes.every,

@@ -27,6 +27,14 @@ from medssl.training.distributed import gather
 from medssl.training.method import Step
 
 
+class SimSiamProjectorSettings(ProjectorSettings):
+    """The paper's projector: three layers, the output normalised too; see `ProjectorSettings`."""
+
+    width: int = Field(default=512, ge=1)
+    layers: int = Field(default=3, ge=0)
+    last_norm: bool = True
+
+
 class SimSiamSettings(JointSettings):
     """Settings of SimSiam.
 
@@ -39,7 +47,7 @@ class SimSiamSettings(JointSettings):
         predictor_hidden: Width of the predictor's hidden layer, a bottleneck.
     """
 
-    projector: ProjectorSettings = ProjectorSettings(hidden=512, width=512, layers=3, last_norm=True)
+    projector: SimSiamProjectorSettings = SimSiamProjectorSettings()
     predictor_hidden: int = Field(default=128, ge=1)
 
 

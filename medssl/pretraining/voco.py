@@ -32,6 +32,7 @@ from medssl.data.batch import Batch, View, Views
 from medssl.data.draw import Draw
 from medssl.errors import UsageError
 from medssl.losses.precision import at_least_float32
+from medssl.losses.similarity import product
 from medssl.losses.volume_contrast import predicted_overlap, volume_contrast
 from medssl.networks.encoder import Encoder
 from medssl.networks.pooling import pooled_stages, pooled_width
@@ -41,6 +42,14 @@ from medssl.pretraining.health import feature_std
 from medssl.pretraining.teacher import Teacher, TeacherSettings
 from medssl.training.distributed import gather
 from medssl.training.method import Method, Needs, Step
+
+
+class VoCoProjectorSettings(ProjectorSettings):
+    """Three layers, the output normalised too; see `ProjectorSettings`."""
+
+    width: int = Field(default=256, ge=1)
+    layers: int = Field(default=3, ge=0)
+    last_norm: bool = True
 
 
 class VoCoSettings(Settings):
@@ -56,7 +65,7 @@ class VoCoSettings(Settings):
 
     grid: tuple[int, ...] | None = None
     targets: int = Field(default=4, ge=1)
-    projector: ProjectorSettings = ProjectorSettings(hidden=512, width=256, layers=3, last_norm=True)
+    projector: VoCoProjectorSettings = VoCoProjectorSettings()
     teacher: TeacherSettings = TeacherSettings()
 
     @field_validator("grid")
@@ -184,7 +193,7 @@ class VoCo(Method):
         features = pooled_stages(self.encoder, torch.cat([view.image for view in views]))
         _, base = self._split(self.project(views))
         unit = torch.nn.functional.normalize(base, dim=2)
-        cosines, count = unit @ unit.transpose(1, 2), self.bases
+        cosines, count = product(unit, unit.transpose(1, 2)), self.bases
         others = cosines.sum() - cosines.diagonal(dim1=1, dim2=2).sum()
         figures = {
             "overlap_correlation": correlation(self.guess(views), self.overlaps(views)),

@@ -25,6 +25,7 @@ from medssl.augmentation.transform import to_device
 from medssl.config import Settings
 from medssl.data.batch import Batch, View, Views
 from medssl.data.draw import Draw
+from medssl.losses.similarity import product
 from medssl.losses.voxel_contrast import voxel_contrast
 from medssl.networks.encoder import Encoder
 from medssl.networks.pooling import chosen_stages
@@ -130,6 +131,9 @@ class VoxelContrast(Method):
         stages = {"fine": chosen_stages(self.encoder, "all" if settings.stages is None else settings.stages)}
         if settings.coarse_stages:
             stages["coarse"] = chosen_stages(self.encoder, settings.coarse_stages)
+        deepest = max(max(chosen) for chosen in stages.values())
+        # Nothing reaches what lies below; DDP would wait for its gradients.
+        self.encoder.unet.encoder.stages[deepest + 1 :].requires_grad_(False)  # type: ignore[union-attr, index]
         self.heads = nn.ModuleDict(
             {name: VoxelHead(self.encoder.widths, chosen, settings.head) for name, chosen in stages.items()}
         )
@@ -204,9 +208,9 @@ class VoxelContrast(Method):
         distance = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
         figures: dict[str, Tensor] = {}
         for name in self.heads:
-            cosines = embedded[0][name] @ embedded[1][name].transpose(1, 2)
+            cosines = product(embedded[0][name], embedded[1][name].transpose(1, 2))
             figures["match_error" if name == "fine" else f"{name}_match_error"] = match_error(cosines, distance, valid)
-        fine = embedded[0]["fine"] @ embedded[1]["fine"].transpose(1, 2)
+        fine = product(embedded[0]["fine"], embedded[1]["fine"].transpose(1, 2))
         both = valid[:, :, None] & valid[:, None]
         same = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
         rows = embedded[0]["fine"][valid] if int(valid.sum()) > 1 else embedded[0]["fine"].flatten(0, 1)

@@ -68,11 +68,14 @@ class VoxelHead(nn.Module):
             CheckpointError: If the weights are not those of such a head on such an encoder.
         """
         try:
-            linear = [value for value in state.values() if value.ndim == 2]
-            normed = any(name.endswith(".weight") and value.ndim == 1 for name, value in state.items())
+            linear = {name: value for name, value in state.items() if value.ndim == 2}
+            outputs = [value.shape[0] for value in linear.values()]
+            # A norm's shift takes the place of a bias.
+            last_norm = list(linear)[-1].removesuffix("weight") + "bias" not in state
+            normed = last_norm or any(name.endswith(".weight") and value.ndim == 1 for name, value in state.items())
             settings = ProjectorSettings(
-                hidden=linear[0].shape[0], width=linear[-1].shape[0], layers=len(linear),
-                norm="layer" if normed else "none",
+                hidden=outputs[0], width=outputs[-1], layers=len(linear), norm="layer" if normed else "none",
+                last_norm=last_norm,
             )  # fmt: skip
             head = cls(widths, state["stages"].tolist(), settings)
             head.load_state_dict(dict(state))

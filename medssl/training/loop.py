@@ -224,8 +224,9 @@ class _Loop:
             self._picture(pictures_of_views(views), path, "views", "What the network sees at step 0")
 
     def _draw(self) -> None:
-        images = self.engine.watch(partial(self.method.pictures, self.views)) if self._is_main else {}
-        if images:
+        # On every rank: a head may look at the rows of all.
+        images = self.engine.watch(partial(self.method.pictures, self.views))
+        if images and self._is_main:
             path = self.job.run / "pictures" / f"step_{self.state.step:06d}.png"
             self._picture(images, path, "pictures", f"After {self.state.step} steps")
 

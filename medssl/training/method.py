@@ -95,6 +95,11 @@ class Method(nn.Module):
         return cls.trains_decoder
 
     @classmethod
+    def output_is_used(cls, settings: Settings) -> bool:
+        """Tell whether the network's output layer takes part, so that `output_channels` binds."""
+        return cls.decoder_is_trained(settings)
+
+    @classmethod
     def misfit(cls, settings: Settings, patch_size: Sequence[int], shapes: Sequence[Sequence[int]]) -> str | None:
         """Return why the method cannot learn from volumes of these sizes, beyond what `needs` says, or None.
 

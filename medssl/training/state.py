@@ -65,6 +65,10 @@ class LoopState:
         self.step = 0
         self.seconds = 0.0
 
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimiser.param_groups
+
     def capture(self) -> dict[str, Any]:
         """Return the state as tensors and plain values. Every rank must call it."""
         return {
@@ -81,7 +85,11 @@ class LoopState:
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         """Take up what `capture` returned."""
         self.method.load_state_dict(state["method"])
+        # A run that goes on from another one keeps the numbers of its own recipe; in a resumed run they are equal.
+        own = [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
         self.optimiser.load_state_dict(state["optimiser"])
+        for group, values in zip(self._groups, own, strict=True):
+            group.update(values)
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         self.window.sums = {name: value.to(device) for name, value in state["window"]["sums"].items()}

@@ -55,7 +55,9 @@ def train_folds(
                 f"--resume: {out} was begun {begun}, not with {folds} folds. Give the same --folds (and --fold), or "
                 "another --out."
             )
-        _write_run(out, parts[0], folds, finished=False)
+        # A finished RUN stays one: a fold that refuses other settings has changed nothing.
+        if not (out / "run.json").is_file():
+            _write_run(out, parts[0], folds, finished=False)
         for number, folder in enumerate(fold_folders(out, folds)):
             try:
                 train(folder, number)

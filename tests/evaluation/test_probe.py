@@ -199,3 +199,19 @@ def test_a_store_without_a_validation_split_is_divided_by_patient(encoder: Path,
     assert isinstance(unlabelled, Store)
     with pytest.raises(DataError, match="needs labelled volumes in both splits"):
         evaluate_segmentation_probe(encoder, unlabelled.folder)
+
+
+def test_a_divided_store_keeps_its_test_volumes_and_both_other_splits_have_patients(tmp_path: Path) -> None:
+    from medssl.data.label_split import with_validation
+
+    store = make_store(tmp_path / "store", n=40, shape=(4, 4, 4), labels=True)
+    for first in range(0, 40, 4):
+        kept = set(store.ids[first : first + 4])  # two patients
+        few = with_validation(store.with_splits({name: "train" if name in kept else "test" for name in store.ids}))
+        assert set(few.ids_of("test")) == set(store.ids) - kept
+        assert len(few.ids_of("train")) == len(few.ids_of("validation")) == 2
+    one = set(store.ids[:2])
+    alone = with_validation(store.with_splits({name: "train" if name in one else "test" for name in store.ids}))
+    assert set(alone.ids_of("train")) == one
+    none = with_validation(store.with_splits(dict.fromkeys(store.ids, "test")))
+    assert none.ids_of("test") == store.ids

@@ -217,8 +217,9 @@ def test_what_lies_outside_is_refused_with_where_inside_is(folder: Path, model: 
         find(folder, target, [(500.0, 0, 0)])
     with pytest.raises(UsageError, match="lies outside"):
         find(folder, target, [(float("nan"), 0, 0)])
-    with pytest.raises(UsageError, match="three numbers"):
-        find(folder, target, [(1.0, 2.0)])
+    for points in ([(1.0, 2.0)], [(1.0, 2.0, 3.0), (1.0, 2.0)], []):
+        with pytest.raises(UsageError, match="three numbers"):
+            find(folder, target, points)
     voxels = np.zeros((1, 14, 30, 40), np.float32)
     voxels[0, :, :, :26] = blobs(0).transpose(2, 1, 0)
     placed = place_volume(model, Decoded(voxels, AFFINE))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from medssl.errors import DataError, UsageError
-from medssl.preprocessing.packed import VOXELS, PackedWriter
+from medssl.preprocessing.packed import FACTS, VOXELS, PackedWriter
 from medssl.preprocessing.store import Store, StoreWriter
 
 INFO = {"spacing": {"mode": "native", "mm": None}, "normalisation": "none"}
@@ -98,3 +100,72 @@ def test_a_name_is_taken_once_and_a_place_is_not_overwritten(tmp_path: Path) -> 
             writer.add("image1", *image(1))
         with pytest.raises(UsageError, match="remove it"):
             writer.finish()
+
+
+def changed(folder: Path, change: Callable[[list[dict[str, Any]]], Any]) -> Path:
+    """Write a store and change the rows of its table."""
+    written(folder)
+    content = json.loads((folder / "store.json").read_text())
+    change(content["volumes"])
+    (folder / "store.json").write_text(json.dumps(content))
+    return folder
+
+
+def swap(column: str) -> Callable[[list[dict[str, Any]]], Any]:
+    def change(rows: list[dict[str, Any]]) -> None:
+        rows[0][column], rows[2][column] = rows[2][column], rows[0][column]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[1].update(first=0), "image1 does not begin in voxels.f32"),
+        (lambda rows: rows[1].update(first=-32), "does not begin"),
+        (lambda rows: rows[1].update(first=10**9), "does not begin"),
+        (lambda rows: rows[1].update(first=10**30), "whole number as first"),
+        (lambda rows: rows[1].update(first=20.0), "whole number as first"),
+        (lambda rows: rows[1].pop("first"), "rows with"),
+        (lambda rows: rows[1].pop("tissue"), "whole numbers as tissue"),
+        (lambda rows: rows[1].update(line=rows[0]["line"]), "does not begin in facts.jsonl"),
+        (lambda rows: rows[1].update(tissue=[0, -1]), "less than nothing"),
+        (lambda rows: rows[1].update(shape=[12, 4]), "whole numbers as shape"),
+        (lambda rows: rows[1].update(shape=[2**16] * 4), "a shape is not"),
+        (lambda rows: rows[1].update(shape=[-2, 1, -6, 4]), "a shape is not"),
+        (lambda rows: rows[1].update(id="image0"), "twice"),
+        (lambda rows: rows.pop(), "bytes of voxels.f32"),
+        (lambda rows: rows.clear(), "bytes of voxels.f32"),
+        (swap("line"), "does not begin"),
+        (swap("first"), "does not begin"),
+    ],
+)
+def test_places_that_cannot_be_those_of_the_images_are_refused(
+    tmp_path: Path, change: Callable[[list[dict[str, Any]]], Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=rf"store.json is damaged: .*{message}.*Remove .* made again"):
+        Store.open(changed(tmp_path / "store", change))
+
+
+def test_a_table_that_names_other_files_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "store")
+    content = json.loads((tmp_path / "store" / "store.json").read_text())
+    del content["files"][FACTS]
+    (tmp_path / "store" / "store.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match='"files" must name'):
+        Store.open(tmp_path / "store")
+
+
+def test_facts_of_another_patient_are_refused(tmp_path: Path) -> None:
+    store = Store.open(changed(tmp_path / "store", lambda rows: rows[1].update(patient_key="another")))
+    assert store.entry("image0").patient_key == "patient0"
+    with pytest.raises(DataError, match="patient_key of image1 differ"):
+        store.entry("image1")
+    path = tmp_path / "store" / FACTS
+    path.write_bytes(path.read_bytes().replace(b'"shape"', b'"shapE"'))
+    with pytest.raises(DataError, match=r"is damaged \('shape'\)"):
+        Store.open(tmp_path / "store").entry("image0")
+
+
+def test_a_packed_store_may_be_empty(tmp_path: Path) -> None:
+    assert len(written(tmp_path / "store", count=0)) == 0

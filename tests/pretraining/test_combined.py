@@ -71,6 +71,18 @@ def test_needs_are_those_of_the_most_demanding_method() -> None:
     assert (needs.least_batch, needs.least_volumes) == (2, 2)
 
 
+def test_what_no_method_reaches_does_not_learn() -> None:
+    method, _ = combined(simclr=HEAD, local_contrast={})
+    learns = {name for name, weight in method.network.named_parameters() if weight.requires_grad}
+    assert any(name.startswith("decoder.stages.0") for name in learns)
+    assert not any(name.startswith(("decoder.stages.2", "decoder.seg_layers")) for name in learns)
+
+
+def test_a_method_that_does_not_use_the_output_takes_any() -> None:
+    settings = CombinedSettings(methods={"volume-fusion": {}, "local-contrast": {}}).resolved((16, 16, 16))
+    assert Combined.output_channels(1, settings) == 5
+
+
 def test_methods_that_need_different_outputs_are_refused() -> None:
     settings = CombinedSettings(methods={"mae": {}, "volume-fusion": {}}).resolved((16, 16, 16))
     with pytest.raises(UsageError, match="mae 1, volume-fusion 5"):
@@ -84,6 +96,7 @@ def test_methods_that_need_different_outputs_are_refused() -> None:
         ({"mae": {}, "combined": {}}, "other than combined"),
         ({"mae": {}, "simcl": {}}, "simclr"),
         ({"mae": {}, "simclr": {"stags": "all"}}, "stages"),
+        ({"mae": {}, "simclr": {"embedding_norm": {"cut": 3}}}, "simclr: embedding_norm"),
     ],
 )
 def test_methods_that_cannot_be_combined_are_named(methods: dict[str, dict[str, object]], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,7 +100,33 @@ def test_an_annealed_checkpoint_gives_its_weights_alone_and_says_so(
 ) -> None:
     with caplog.at_level("INFO"):
         run(store, tmp_path, continue_from=find_checkpoint(first), steps=1)
-    assert "annealed" in caplog.text
+    assert "not from before the anneal" in caplog.text
+
+
+def test_the_optimisers_numbers_are_those_of_the_new_recipe(store: Path, first: Path, tmp_path: Path) -> None:
+    run(store, tmp_path, "optimiser.weight_decay=0.5", "save_every=1", continue_from=first, steps=2)
+    saved = load_checkpoint(tmp_path / "checkpoints" / "step_00000001.pth")["medssl"]["training"]["optimiser"]
+    assert saved["param_groups"][0]["weight_decay"] == 0.5
+
+
+def test_what_is_refused_leaves_the_run_that_stood_there(store: Path, first: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run(store, out, steps=1)
+    before = sorted(path.name for path in out.rglob("*"))
+    for wrong in ("optimiser={name: sgd}", "network=plain-unet-s"):
+        with pytest.raises(UsageError, match=r"optimiser of that run is adamw|network of that run is another"):
+            run(store, out, wrong, continue_from=first, overwrite=True)
+    with pytest.raises(UsageError, match="Give another --out"):
+        run(store, first, continue_from=first, overwrite=True)
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_a_damaged_plateau_is_said(store: Path, first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(first, copied)
+    (copied / "checkpoints" / "plateau.pth").write_bytes(b"no checkpoint")
+    run(store, tmp_path / "run", continue_from=copied, steps=1)
+    assert "plateau.pth" in caplog.text and "damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,11 @@ def test_batch_standardising_equals_torchs_batch_norm_in_training() -> None:
     torch.testing.assert_close(ours(rows), norm(rows))
 
 
+def test_all_rows_are_standardised_together_however_they_are_arranged() -> None:
+    rows = torch.randn(2, 6, 5)
+    torch.testing.assert_close(BatchStandardise(5)(rows), BatchStandardise(5)(rows.flatten(0, 1)).view(2, 6, 5))
+
+
 def test_a_feature_that_is_equal_for_all_samples_standardises_to_zero() -> None:
     assert BatchStandardise(3)(torch.full((4, 3), 7.0)).abs().max().item() == 0
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from medssl import registry
+from medssl.config import Settings
 from medssl.data.draw import Draw
 from medssl.networks.build import build_network
 from medssl.pretraining.run import pretrain
@@ -214,3 +215,11 @@ def test_two_ranks_equal_one_process_for_every_method(tmp_path: Path) -> None:
                 )
         for key, value in method.state_dict().items():
             torch.testing.assert_close(found["state"][key], value, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_part_of_the_settings_given_in_part_keeps_the_methods_own_defaults(name: str) -> None:
+    for field in registry.method(name).load_settings().model_fields.values():
+        part = field.get_default(call_default_factory=True)
+        if isinstance(part, Settings):
+            assert field.annotation is not None and part == field.annotation()

@@ -16,7 +16,6 @@ from medssl.data.batch import Batch, Views
 from medssl.data.draw import Draw
 from medssl.errors import UsageError
 from medssl.networks.build import build_network, freeze_decoder
-from medssl.pretraining.heads import ProjectorSettings
 from medssl.pretraining.voco import VoCo, VoCoSettings, base_size, correlation
 from medssl.training.method import Step
 
@@ -34,7 +33,7 @@ def method_of(dimensions: int = 3, overrides: dict[str, Any] | None = None, **se
     freeze_decoder(network)
     augmentation = AugmentationSettings(overrides=overrides or {}, laterality="allow")
     policy = policy_for("contrastive", {"MR"}, SIZES[dimensions], augmentation)
-    head = ProjectorSettings(hidden=16, width=8, layers=3, last_norm=True)
+    head = {"hidden": 16, "width": 8}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         values = {"grid": GRIDS[dimensions], "targets": 2, "projector": head, **settings}

@@ -129,6 +129,12 @@ def test_a_run_of_folds_is_resumed_as_what_it_is(trained: Path, npz: Path, tmp_p
     assert yaml.safe_load((trained / "recipe.yaml").read_text())["fold"] is None
 
 
+def test_a_finished_run_stays_finished_when_it_is_resumed_with_other_settings(trained: Path, npz: Path) -> None:
+    with pytest.raises(UsageError, match="steps"):
+        finetune(npz, trained, resume=True, cache=trained / "images", **{**OPTIONS, "steps": 3})
+    assert json.loads((trained / "run.json").read_text())["finished"]
+
+
 def test_what_cannot_be_used_leaves_nothing(npz: Path, tmp_path: Path) -> None:
     with np.load(npz) as content:
         broken = {name: content[name] for name in content}

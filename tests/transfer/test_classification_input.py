@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,19 @@ def test_a_folder_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             finetune(write_npz(tmp_path / "toy.npz"), tmp_path / "run", **options)
     assert (tmp_path / "run" / "thesis.txt").exists()
+
+
+def test_a_run_that_another_process_trains_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"kind": "classification"}')
+    code = "import sys\nfrom pathlib import Path\nfrom medssl.training.lock import run_lock\n"
+    code += f"with run_lock(Path({str(tmp_path / 'run')!r})): print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match="Another process is writing"):
+            finetune(write_npz(tmp_path / "toy.npz"), tmp_path / "run", overwrite=True)
+        assert (tmp_path / "run" / "run.json").exists()
+        other.communicate()
 
 
 def test_a_whole_image_is_shrunk_and_never_enlarged() -> None:
