@@ -30,7 +30,10 @@ def main() -> None:
         print(text)
         return
     readme = REPOSITORY / "README.md"
-    before, _, rest = readme.read_text().partition(BEGIN)
+    content = readme.read_text()
+    if content.count(BEGIN) != 1 or content.count(END) != 1:
+        raise SystemExit("README.md must hold each of the two marks once.")
+    before, _, rest = content.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
