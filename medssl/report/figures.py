@@ -35,6 +35,10 @@ class Figure:
     alt: str
 
 
+#: What is looked at beside the loss: the method's health, label-free quality, probes.
+LOOKS = ("health/", "quality/", "probe/")
+
+
 def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     """Return a figure per group of a RUN's metrics: loss, its terms, learning rate, pseudo-Dice, health, throughput."""
     columns = _columns(rows)
@@ -50,15 +54,16 @@ def curve_figures(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
     take("Loss", "loss", ["loss", "validation/loss", "validation_loss"])
     take("Pseudo-Dice on validation crops", "Dice", [name for name in columns if name.startswith("pseudo_dice")])
     rate = [name for name in columns if name == "lr" or name.startswith("lr/")]
-    health = [name for name in columns if name.startswith("health/")]
+    looks = [name for name in columns if name.startswith(LOOKS)]
     other = ["steps_per_second", "waiting_for_data", "gpu_memory_gib"]
-    terms = [name for name in columns if name not in {*used, *rate, *health, *other}]
+    terms = [name for name in columns if name not in {*used, *rate, *looks, *other}]
     norms = [name for name in terms if name.startswith("gradient")]
     take("Loss terms", "value", [name for name in terms if name not in norms])
     take("Gradient norm", "norm", norms)
     take("Learning rate", "rate", rate)
-    for name in health:
-        take(f"Health: {name.removeprefix('health/').replace('_', ' ')}", "value", [name])
+    for name in looks:
+        kind, _, figure = name.partition("/")
+        take(f"{kind.capitalize()}: {figure.replace('_', ' ')}", "value", [name])
     take("Speed", "steps a second", ["steps_per_second"])
     take("Share of time waiting for data", "share", ["waiting_for_data"])
     return [_curve(title, label, {name: columns[name] for name in names}) for title, label, names in groups]
@@ -100,7 +105,7 @@ def _curve(title: str, label: str, columns: Mapping[str, tuple[Numbers, Numbers]
     for place, (name, (steps, values)) in enumerate(columns.items()):
         colour = COLOURS[place % len(COLOURS)]
         noisy = steps.size > 60 and not name.startswith(("lr", "validation", "pseudo"))
-        shown = _short(name.removeprefix("health/").replace("_", " "))
+        shown = _short((name.partition("/")[2] if name.startswith(LOOKS) else name).replace("_", " "))
         marker = "." if steps.size <= 30 else ""
         if noisy:
             axes.plot(*_thin(steps, values), color=colour, lw=0.7, alpha=0.35)

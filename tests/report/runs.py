@@ -60,6 +60,8 @@ def pretraining_run(run: Path, steps: int = 2000) -> Path:
             row |= {
                 "health/std": 0.8 + rng.normal(0, 0.01),
                 "health/rank": 40 + step / 100,
+                "quality/rankme": 20 + step / 100,
+                "probe/knn": 0.6,
                 "validation/loss": loss + 0.01,
             }
         rows.append(row)

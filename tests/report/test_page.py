@@ -110,6 +110,8 @@ def test_pretraining_page_shows_curves_views_reconstructions_and_the_recipe(page
         "Learning rate",
         "Health: std",
         "Health: rank",
+        "Quality: rankme",
+        "Probe: knn",
         "What the network sees",
         "After 1,000 steps",
         "ratio: 0.65",
