@@ -7,6 +7,7 @@ from dataclasses import asdict
 from medssl import options as o
 from medssl import registry
 from medssl.cli.apps import list_app
+from medssl.registry_semisupervised import SEMISUPERVISED
 from medssl.screen import table
 
 
@@ -14,6 +15,12 @@ from medssl.screen import table
 def list_methods(as_json: o.AsJson = False) -> None:
     """Pretraining methods."""
     table("Methods", registry.METHODS.values(), as_json)
+
+
+@list_app.command("semisupervised")
+def list_semisupervised(as_json: o.AsJson = False) -> None:
+    """Methods of `medssl semisupervise`."""
+    table("Semi-supervised methods", SEMISUPERVISED.values(), as_json)
 
 
 @list_app.command("networks")

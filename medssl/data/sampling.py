@@ -35,7 +35,8 @@ class CropSettings(Settings):
         patch_size: What the network sees, in voxels: (Z, Y, X), or (Y, X) for slices and images.
         batch_size: Samples per step over all ranks.
         read_size: What is read around a patch, for a spatial augmentation to turn and scale in; None reads the patch.
-        foreground_probability: How often a crop is placed on a voxel of tissue instead of anywhere in the volume.
+        foreground_probability: How often a crop is placed on a voxel of the foreground instead of anywhere.
+        foreground: What that is: `tissue`, or `label`, the classes of the label above 0, each as often as the others.
         crops_per_volume: Consecutive samples that share one volume and, where windows are near, one read.
         spread: How far the other crops of a group lie from its first, in patch sizes along each axis; None places
             each of them on its own. In 2D the crops of a group stay in one slice when a spread is given.
@@ -48,6 +49,7 @@ class CropSettings(Settings):
     batch_size: int = Field(default=2, ge=1)
     read_size: tuple[int, ...] | None = None
     foreground_probability: float = Field(default=0.33, ge=0, le=1)
+    foreground: Literal["tissue", "label"] = "tissue"
     crops_per_volume: int = Field(default=1, ge=1)
     spread: float | None = Field(default=0.5, ge=0)
     balance: Literal["volume", "patient"] = "volume"
@@ -179,9 +181,10 @@ class Sampler:
         anywhere = np.floor(rng.random(3) * np.maximum(shape - patch + 1, 1)).astype(int)
         place_in_patch = (1 - CENTRAL_PART) / 2 + CENTRAL_PART * rng.random(3)
         which = rng.random()
-        if not on_tissue or len(entry.foreground) == 0:
+        voxels = entry.foreground if self.settings.foreground == "tissue" else self.store.label_voxels(entry.id)
+        if not on_tissue or len(voxels) == 0:
             return _inside(anywhere, patch, shape)
-        voxel = np.asarray(entry.foreground)[int(which * len(entry.foreground))]
+        voxel = np.asarray(voxels)[int(which * len(voxels))]
         return _inside(voxel - np.floor(place_in_patch * patch).astype(int), patch, shape)
 
     def _near(self, first: Triple, entry: StoreEntry, rng: np.random.Generator) -> Triple:

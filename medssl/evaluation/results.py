@@ -47,12 +47,15 @@ def written_scores(run: Path) -> Path | None:
     return None
 
 
-def measure_run(run: Path, references: Path | None = None, *, quiet: bool = True) -> SegmentationResult:
+def measure_run(
+    run: Path, references: Path | None = None, *, largest_component: bool = False, quiet: bool = True
+) -> SegmentationResult:
     """Measure the validation masks of a run; a validation case without a mask counts as missed.
 
     Args:
         run: A segmentation RUN or a folder of masks.
         references: Folder of reference masks; by default what the RUN's own files name.
+        largest_component: Keep of each predicted label its largest connected part alone.
         quiet: Show no progress.
 
     Raises:
@@ -66,7 +69,9 @@ def measure_run(run: Path, references: Path | None = None, *, quiet: bool = True
             "folder of `medssl evaluate segmentation`."
         )
     if references is not None:
-        return evaluate_segmentation(masks, references, cases=sorted(found), quiet=quiet)
+        return evaluate_segmentation(
+            masks, references, cases=sorted(found), largest_component=largest_component, quiet=quiet
+        )
     wanted = {name: case.label for name, case in validation_cases(run).items()}
     if not wanted:
         raise UsageError(
@@ -77,7 +82,7 @@ def measure_run(run: Path, references: Path | None = None, *, quiet: bool = True
     labels, ignore = find_labels(None, run / "validation", folder)
     if labels is None:
         raise UsageError(f"{run} has no dataset.json that names its labels. Give a whole segmentation RUN.")
-    return measure(found, wanted, labels, ignore, quiet=quiet)
+    return measure(found, wanted, labels, ignore, largest_component=largest_component, quiet=quiet)
 
 
 @dataclass(frozen=True)

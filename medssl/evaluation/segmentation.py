@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
 
 from medssl.errors import DataError
 from medssl.evaluation.bootstrap import LEVEL, RESAMPLES, Estimate, estimate
@@ -151,6 +153,7 @@ def evaluate_segmentation(
     *,
     labels: Mapping[str, int | Sequence[int]] | None = None,
     cases: Sequence[str] | None = None,
+    largest_component: bool = False,
     seed: int = 0,
     quiet: bool = False,
 ) -> SegmentationResult:
@@ -166,6 +169,7 @@ def evaluate_segmentation(
         labels: Value, or values of a region, by name. By default those of `dataset.json` in or beside either folder,
             else every value that the references hold.
         cases: Only these cases; for a RUN its validation cases.
+        largest_component: Keep of each predicted label its largest connected part alone.
         seed: Of the bootstrap.
         quiet: Show no progress.
 
@@ -196,7 +200,7 @@ def evaluate_segmentation(
     named, ignore = find_labels(labels, predictions, references)
     if named is None:
         named = _labels_of(list(wanted.values()))
-    result = measure(found, wanted, named, ignore, seed=seed, quiet=quiet)
+    result = measure(found, wanted, named, ignore, largest_component=largest_component, seed=seed, quiet=quiet)
     if out is not None:
         write_result(result, out)
     return result
@@ -208,6 +212,7 @@ def measure(
     labels: Labels,
     ignore: int | None = None,
     *,
+    largest_component: bool = False,
     seed: int = 0,
     quiet: bool = False,
 ) -> SegmentationResult:
@@ -218,13 +223,14 @@ def measure(
         references: Masks.
         labels: Values of each label or region.
         ignore: Reference value whose voxels count for nobody.
+        largest_component: Keep of each predicted label its largest connected part alone.
         seed: Of the bootstrap.
         quiet: Show no progress.
     """
     rows: list[CaseScores] = []
     with progress("Evaluating", len(references), quiet=quiet) as advance:
         for name, path in sorted(references.items()):
-            rows.extend(_case(name, predictions.get(name), path, labels, ignore))
+            rows.extend(_case(name, predictions.get(name), path, labels, ignore, largest_component))
             advance(1, name)
     missing = tuple(sorted(set(references) - set(predictions)))
     extra = tuple(sorted(set(predictions) - set(references)))
@@ -263,7 +269,9 @@ def show(value: Estimate, metric: str) -> str:
     return text if value.low is None else f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
-def _case(name: str, prediction: Path | None, reference: Path, labels: Labels, ignore: int | None) -> list[CaseScores]:
+def _case(
+    name: str, prediction: Path | None, reference: Path, labels: Labels, ignore: int | None, largest_component: bool
+) -> list[CaseScores]:
     truth = read_mask(reference)
     require_known(name, "reference", truth, labels, ignore)
     if prediction is None:
@@ -277,9 +285,23 @@ def _case(name: str, prediction: Path | None, reference: Path, labels: Labels, i
         made = np.where(truth.labels == ignore, 0, made)
     rows = []
     for label, values in labels.items():
-        measured = scores(np.isin(made, values), np.isin(truth.labels, values), truth.spacing_mm)
+        predicted = np.isin(made, values)
+        if largest_component:
+            predicted = largest_part(predicted)
+        measured = scores(predicted, np.isin(truth.labels, values), truth.spacing_mm)
         rows.append(CaseScores(name, label, measured, prediction is None))
     return rows
+
+
+def largest_part(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return the largest part of a mask whose voxels touch by faces, edges or corners; of equal ones the first."""
+    parts, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+    if count < 2:
+        return mask
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    largest: NDArray[np.bool_] = parts == sizes.argmax()
+    return largest
 
 
 def _listed_cases(predictions: Path) -> list[str] | None:

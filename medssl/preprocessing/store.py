@@ -26,6 +26,7 @@ from medssl.files import write_json
 from medssl.preprocessing.codec import LOSSLESS, Encoding
 from medssl.preprocessing.store_files import (
     LABEL_SUFFIX,
+    MAX_FOREGROUND,
     PACKED,
     SCHEMA_VERSION,
     STORE_FILE,
@@ -41,6 +42,7 @@ from medssl.preprocessing.store_files import (
     volume_is_complete,
     write_volume,
 )
+from medssl.preprocessing.tissue import sample_above
 
 __all__ = ["Store", "StoreEntry", "StoreWriter", "number_of", "write_volume"]
 
@@ -62,6 +64,7 @@ class Store:
         self.ids: list[str] = sorted(self._facts)
         self._entries: OrderedDict[str, StoreEntry] = OrderedDict()
         self._open_arrays: OrderedDict[str, Any] = OrderedDict()
+        self._label_voxels: dict[str, NDArray[Any]] = {}
 
     @staticmethod
     def open(path: Path | str) -> Store:
@@ -187,6 +190,24 @@ class Store:
     def has_label(self, volume_id: str) -> bool:
         """Tell whether a volume has a label."""
         return bool(self.row(volume_id)["has_label"])
+
+    def label_voxels(self, volume_id: str) -> NDArray[np.int64]:
+        """Return voxels (z, y, x) of the label's classes above 0, about equally many of each, drawn with a fixed seed.
+
+        Reads the whole label the first time.
+
+        Returns:
+            Shape: (N, 3). Empty without label or where all of it is background.
+        """
+        if volume_id not in self._label_voxels:
+            stop = self.row(volume_id)["shape"][1:]
+            label = self.read_label(volume_id, (0, 0, 0), stop)
+            classes = [] if label is None else [number for number in np.unique(label).tolist() if number > 0]
+            each = MAX_FOREGROUND // max(len(classes), 1)
+            found = [sample_above(label == number, 0.5, each, f"{volume_id}/{number}") for number in classes]
+            voxels = np.concatenate(found) if found else np.empty((0, 3), dtype=np.int64)
+            self._label_voxels[volume_id] = voxels.astype(np.min_scalar_type(max(stop)))
+        return self._label_voxels[volume_id].astype(np.int64)
 
     def _read_entry(self, volume_id: str) -> StoreEntry:
         facts = read_json(self.folder / f"{volume_id}.json")

@@ -46,6 +46,7 @@ from medssl.training.environment import library_versions, processors
 from medssl.training.loop import Job, train
 from medssl.training.method import Method
 from medssl.training.nnssl_plan import adaptation_plan
+from medssl.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ def make_loader(
     )
 
 
-def reader_processes(settings: PretrainingSettings) -> int:
+def reader_processes(settings: TrainingSettings) -> int:
     """Return the reader processes: all but one processor, at most 8; one of two is better spent on training."""
     if settings.workers is not None:
         return settings.workers

@@ -34,6 +34,18 @@ class PretrainingSettings(Settings):
     spacing: Literal["median", "native"] | tuple[float, float, float] = "median"
 
 
+class SemiSupervisedSettings(Settings):
+    """Training that also sees the images of the pool without their labels.
+
+    Args:
+        method: A key of `medssl.registry_semisupervised.SEMISUPERVISED`.
+        settings: As `--set` gives them: `{unlabelled: {weight: 0.1}}`.
+    """
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
 class ArmSettings(Settings):
     """One way to come to a model; exactly one of `checkpoint`, `pretrain` and `same`.
 
@@ -45,6 +57,8 @@ class ArmSettings(Settings):
         augmentation: In place of the protocol's own.
         schedule: In place of the protocol's own.
         layer_decay: In place of the protocol's own.
+        semisupervised: Learn from the unlabelled part of the pool too; needs `training.trainer: paired`. A method's
+            name alone stands for `{method: name}`.
     """
 
     checkpoint: Path | Literal["none"] | None = None
@@ -54,6 +68,12 @@ class ArmSettings(Settings):
     augmentation: str | None = None
     schedule: str | None = None
     layer_decay: float | None = None
+    semisupervised: SemiSupervisedSettings | None = None
+
+    @field_validator("semisupervised", mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"method": value} if isinstance(value, str) else value
 
     @field_validator("pretrain", mode="before")
     @classmethod
@@ -75,7 +95,10 @@ class ArmSettings(Settings):
     def changes(self) -> dict[str, Any]:
         """Return what this arm does in another way than the protocol says."""
         names = ("transfer_decoder", "augmentation", "schedule", "layer_decay")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.semisupervised is not None:
+            found["semisupervised"] = self.semisupervised.model_dump(mode="json")
+        return found
 
 
 class DatasetSettings(Settings):
@@ -167,9 +190,9 @@ class Recipe(Settings):
         return values
 
     @property
-    def template(self) -> str:
-        """Name of the arm whose checkpoint decides the plans of runs from scratch."""
-        return self.plans_from or next(name for name, arm in self.arms.items() if arm.is_pretrained)
+    def template(self) -> str | None:
+        """Name of the arm whose checkpoint decides the plans of runs from scratch; None where a network's name does."""
+        return self.plans_from or next((name for name, arm in self.arms.items() if arm.is_pretrained), None)
 
     def every_arm(self) -> dict[str, ArmSettings]:
         """Return the arms and the controls, in the order of the tables."""
@@ -241,8 +264,11 @@ def _check_arms(recipe: Recipe, where: str) -> None:
     if SCRATCH not in recipe.controls:
         raise UsageError(f"{where}: controls must hold scratch: without its twin nothing says whether an arm helps.")
     pretrained = [name for name, arm in recipe.arms.items() if arm.is_pretrained]
-    if not pretrained:
-        raise UsageError(f"{where}: no arm has a checkpoint, from which the runs from scratch have their plans.")
+    if not pretrained and "network" not in recipe.training:
+        raise UsageError(
+            f"{where}: no arm has a checkpoint, from which the runs from scratch have their plans, and training names "
+            "no network. Set training.network."
+        )
     if recipe.plans_from is not None and recipe.plans_from not in pretrained:
         raise UsageError(f"{where}, plans_from: {unknown_name('arm with a checkpoint', recipe.plans_from, pretrained)}")
     for name, dataset in recipe.datasets.items():

@@ -116,7 +116,8 @@ class Runner:
         job = self._job(arm, labels, seed, rate)
         path = self.out / "scores" / self.dataset.name / f"{job.name}.json"
         # Weights of a pretrained arm, else those whose plans it copies.
-        weights = self.hashes[arm if job.checkpoint is not None else self.plan.template]
+        template = arm if job.checkpoint is not None else self.plan.template
+        weights = None if template is None else self.hashes[template]
         identity = {**job.identity(), "weights": weights}
         if path.is_file():
             content = json.loads(path.read_text())
@@ -156,7 +157,7 @@ class Runner:
         }
 
     def _job(self, arm: str, labels: int, seed: int, rate: float) -> Job:
-        dataset, checkpoint = self.dataset, self.checkpoints[arm]
+        dataset, checkpoint, template = self.dataset, self.checkpoints[arm], self.plan.template
         job = Job(
             dataset=dataset.name,
             arm=arm,
@@ -168,7 +169,7 @@ class Runner:
             selection=dataset.division.selection,
             validation=dataset.division.validation,
             checkpoint=checkpoint,
-            plans_from=self.checkpoints[self.plan.template] if checkpoint is None else None,
+            plans_from=self.checkpoints[template] if checkpoint is None and template is not None else None,
             changes=self.plan.every_arm()[arm].changes(),
             settings=dataset.settings,
             training=dataset.training,

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from lightning.fabric import Fabric
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from medssl.config import apply_overrides, check_settings
 from medssl.data.target_files import read_targets
-from medssl.data.targets import draw_labelled
+from medssl.data.targets import Targets, draw_labelled
 from medssl.errors import MedsslError, UsageError
 from medssl.files import prepare_output_folder
+from medssl.networks.classifier import Classifier
 from medssl.training.checkpoint import FOLDER, load_checkpoint, newest_intact
 from medssl.training.devices import find_machine, launch, own_random_state
 from medssl.training.lock import run_lock
 from medssl.training.loop import Job, train
+from medssl.training.method import Method
 from medssl.training.settings import TrainingSettings
 from medssl.transfer import classification_files as files
 from medssl.transfer.classification_folds import train_folds
@@ -64,6 +66,7 @@ def finetune_classification(
     resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
+    learner: Learner | None = None,
     **settings: Any,
 ) -> Path:
     """Train a classifier of whole images, 2D or 3D.
@@ -105,6 +108,7 @@ def finetune_classification(
         resume: Continue the RUN from its last checkpoint.
         overwrite: Replace the RUN.
         quiet: Show no progress.
+        learner: What learns, in place of supervised training.
         **settings: See `medssl.transfer.classification_settings.ClassificationSettings`: mode, steps, val_every,
             batch_size, learning_rate, balance, select, seed and more.
 
@@ -135,7 +139,7 @@ def finetune_classification(
                 labelled=labelled, ignore_unlabelled=ignore_unlabelled, network=network, plans_from=plans_from,
                 patch_size=patch_size, fit=fit, spacing=spacing, normalisation=normalisation, modality=modality,
                 grey=grey, laterality=laterality, overrides=overrides, cache=cache or out / "images", device=device,
-                workers=workers, resume=resume, quiet=quiet, **settings,
+                workers=workers, resume=resume, quiet=quiet, learner=learner, **settings,
             )  # fmt: skip
 
         return train_folds(out, parts, train_one, resume=resume, overwrite=overwrite)
@@ -173,6 +177,7 @@ def finetune_classification(
         "grey": grey,
         "cache": None if cache is None else str(cache),
         **chosen.model_dump(mode="json"),
+        **({} if learner is None else learner.recipe()),
     }
     prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=files.is_ours)
     with run_lock(out):
@@ -191,16 +196,31 @@ def finetune_classification(
         fabric = launch(machine, _precision(chosen, machine.cuda), device)
         with own_random_state(chosen.seed, machine.cuda):
             images = dataclasses.replace(images, targets=targets)
-            run = _Run(out, recipe, images, None if checkpoint is None else template, network, chosen, weights)
+            job = Run(out, recipe, images, whole, None if checkpoint is None else template, network, chosen, weights)
+            run = job if learner is None else learner.run(job, dataset, cache or out / "images", options)
             run.go(fabric, resume=resume, quiet=quiet)
     return out
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """One run: what is known before its first step.
+
+    Args:
+        out: The RUN.
+        recipe: Everything that decides it, as plain values.
+        images: Its images; its targets are the labelled ones.
+        whole: The targets of all images of the data set.
+        source: Where the weights come from, or None.
+        network: Name of the network, where it was named.
+        settings: How it trains.
+        weights: Factor of each class, or None.
+    """
+
     out: Path
     recipe: dict[str, Any]
     images: Images
+    whole: Targets
     source: Source | None
     network: str | None
     settings: ClassificationSettings
@@ -209,35 +229,54 @@ class _Run:
     def go(self, fabric: Fabric, *, resume: bool, quiet: bool) -> None:
         """Train what is left to train, then calibrate and predict."""
         out, settings, images = self.out, self.settings, self.images
-        targets, train_set = images.targets, images.of("train")
-        classifier = build_classifier(images, train_set.channels, self.source, settings, out)
-        method = Classification(classifier, images.policy, targets.kind, self.weights, settings.smoothing)
+        train_set = images.of("train")
         found = resume and any((out / FOLDER).glob("step_*.pth"))
         last = newest_intact(out / FOLDER) if found else None
         state = None if last is None else load_checkpoint(last)["medssl"].get("training")
         if last is None:
             (out / FOLDER / BEST).unlink(missing_ok=True)
-            method.to(fabric.device)
-            fit_head_scale(classifier, train_set, images.patch, settings.batch_size)
-        files.write_start(out, self.recipe, targets, train_set.channels, images.patch, images.store)
+        method = self.method(train_set, fabric, fresh=last is None)
+        files.write_start(out, self.recipe, images.targets, train_set.channels, images.patch, images.store)
         if last is None or state is not None:
-            last = train(self._job(method, train_set, fabric), fabric, state=state, quiet=quiet)
+            last = train(self.job(method, train_set, fabric), fabric, state=state, quiet=quiet)
         finish(out, last, images, settings, fabric.device)
         files.write_end(out, self.recipe)
 
-    def _job(self, method: Classification, train_set: ImageSet, fabric: Fabric) -> Job:
-        settings, images = self.settings, self.images
-        rates = Rates(method.classifier, settings.make_schedule())
+    def classifier(self, channels: int, number: int = 0) -> Classifier:
+        """Return a classifier at its start; each number has random weights of its own."""
+        settings = self.settings.model_copy(update={"seed": self.settings.seed + number})
+        return build_classifier(self.images, channels, self.source, settings, self.out)
+
+    def method(self, train_set: ImageSet, fabric: Fabric, *, fresh: bool) -> Method:
+        """Return what learns; fresh weights have the head's input standardised by the training images."""
+        settings = self.settings
+        classifier = self.classifier(train_set.channels)
+        method = Classification(
+            classifier, self.images.policy, self.images.targets.kind, self.weights, settings.smoothing
+        )
+        if fresh:
+            method.to(fabric.device)
+            fit_head_scale(classifier, train_set, self.images.patch, settings.batch_size)
+        return method
+
+    def loader(self, train_set: ImageSet, fabric: Fabric, window: Sequence[int]) -> ImageLoader:
+        """Return the batches of labelled images."""
+        settings = self.settings
         order = ImageOrder(train_set.cases, "balanced" if settings.balance == "sampling" else "natural", settings.seed)
-        loader = ImageLoader(
-            train_set, order, images.policy.read_size, settings.batch_size, fabric.device, fabric.global_rank,
-            fabric.world_size,
-        )  # fmt: skip
+        return ImageLoader(
+            train_set, order, window, settings.batch_size, fabric.device, fabric.global_rank, fabric.world_size
+        )
+
+    def job(self, method: Method, train_set: ImageSet, fabric: Fabric) -> Job:
+        """Return the work of the loop."""
+        settings, images = self.settings, self.images
+        assert isinstance(method, Classification)
+        rates = Rates(method.classifier, settings.make_schedule())
         validation = images.of("validation")
         return Job(
             method=method,
-            settings=_loop(settings, fabric),
-            loader=loader,
+            settings=loop_settings(settings, fabric),
+            loader=self.loader(train_set, fabric, images.policy.read_size),
             validation=None,
             run=self.out,
             content=Export(self.out, images, method, settings, self.recipe, self.source, self.network),
@@ -246,6 +285,18 @@ class _Run:
             rates=rates,
             look=Look(self.out, method, validation, images.patch, settings, fabric.is_global_zero),
         )
+
+
+class Learner(Protocol):
+    """What learns in place of supervised training."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what it adds to the recipe."""
+        ...
+
+    def run(self, job: Run, dataset: Path, cache: Path, options: ImageOptions) -> Run:
+        """Return the run that trains by it."""
+        ...
 
 
 def _settings(values: dict[str, Any], laterality: str, overrides: Sequence[str]) -> ClassificationSettings:
@@ -282,7 +333,12 @@ def _precision(settings: ClassificationSettings, cuda: bool) -> str:
     return "bf16" if cuda else "float32"
 
 
-def _loop(settings: ClassificationSettings, fabric: Fabric) -> TrainingSettings:
+def loop_settings(settings: ClassificationSettings, fabric: Fabric) -> TrainingSettings:
+    """Return how the loop runs.
+
+    Raises:
+        UsageError: If the batch cannot be divided among the processes.
+    """
     if settings.batch_size % fabric.world_size:
         raise UsageError(f"batch_size {settings.batch_size} cannot be divided among {fabric.world_size} processes.")
     return TrainingSettings(

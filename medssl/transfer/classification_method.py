@@ -56,6 +56,9 @@ class Classification(Method):
     needs: ClassVar[Needs] = Needs(views=1, policy="fine-tuning")
     class_weights: Tensor | None
 
+    classifier: Classifier
+    kind: str
+
     def __init__(
         self, classifier: Classifier, policy: Policy, kind: str, weights: Tensor | None = None, smoothing: float = 0.0
     ) -> None:

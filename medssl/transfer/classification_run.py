@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from medssl.training.scores import classification_metrics
 from medssl.training.temperature import fit_temperature, probabilities_of
 from medssl.transfer.classification_files import write_transfer
 from medssl.transfer.classification_images import Images
-from medssl.transfer.classification_method import Classification, predict_logits, watched_logits
+from medssl.transfer.classification_method import predict_logits, watched_logits
 from medssl.transfer.classification_settings import ClassificationSettings
 from medssl.transfer.classifier_files import check_weights, checkpoint_content, load_classifier
 from medssl.transfer.image_batches import ImageSet
@@ -38,6 +38,20 @@ logger = logging.getLogger(__name__)
 BEST = "best.pth"
 #: Parts that calibrate each other.
 _PARTS = 5
+
+
+class Trained(Protocol):
+    """What is looked at and exported."""
+
+    @property
+    def classifier(self) -> Classifier:
+        """Encoder and head."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """Kind of target."""
+        ...
 
 
 def build_classifier(
@@ -87,7 +101,7 @@ class Look:
     def __init__(
         self,
         out: Path,
-        method: Classification,
+        method: Trained,
         images: ImageSet,
         patch: tuple[int, ...],
         settings: ClassificationSettings,
@@ -132,7 +146,7 @@ class Export:
         self,
         out: Path,
         images: Images,
-        method: Classification,
+        method: Trained,
         settings: ClassificationSettings,
         recipe: Mapping[str, Any],
         source: Source | None,

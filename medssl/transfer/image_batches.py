@@ -41,18 +41,25 @@ class ImageSet:
     Args:
         store: What `medssl.transfer.images.fitted_store` returned.
         cases: The cases, named as in the store.
-        targets: What the cases show.
+        targets: What the cases show; None for images that are to be seen without it.
         dimensions: 2 or 3.
     """
 
-    def __init__(self, store: Store, cases: Sequence[Case], targets: Targets, dimensions: int) -> None:
+    def __init__(self, store: Store, cases: Sequence[Case], targets: Targets | None, dimensions: int) -> None:
         self.store, self.cases, self.dimensions = store, list(cases), dimensions
-        self.targets = torch.from_numpy(targets.array(self.cases))
+        self._targets = None if targets is None else torch.from_numpy(targets.array(self.cases))
         self._kept: dict[str, NDArray[np.float32]] = {}
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self.cases)
+
+    @property
+    def targets(self) -> Tensor:
+        """Class of each image, (N,), or 0 and 1 for each label, (N, K); int64."""
+        if self._targets is None:
+            raise ValueError("These images are to be seen without their classes.")
+        return self._targets
 
     @property
     def channels(self) -> int:
@@ -85,7 +92,7 @@ class ImageSet:
             modality=tuple(entry.modality for entry in entries),
             patient_key=tuple(entry.patient_key for entry in entries),
             rescale=torch.tensor([entry.rescale for entry in entries]),
-            target=self.targets[list(rows)],
+            target=None if self._targets is None else self._targets[list(rows)],
         )
 
     def in_order(self, window: Sequence[int], size: int) -> Iterator[ImageBatch]:

@@ -24,6 +24,7 @@ def preprocess_cases(
     names: Sequence[str],
     folder: Path,
     *,
+    with_labels: bool = True,
     workers: int | None = None,
     quiet: bool = False,
 ) -> Path:
@@ -35,6 +36,8 @@ def preprocess_cases(
         configuration: Its configuration.
         names: Cases.
         folder: Folder of the data set's preprocessed data; a configuration has its own folder in it.
+        with_labels: Read the masks; without, they may not exist, and `_seg` holds only nnU-Net's mark of what lies
+            outside the content. A folder holds cases of one kind.
         workers: Processes; see `for_each`.
         quiet: Show no progress.
 
@@ -44,12 +47,14 @@ def preprocess_cases(
     target = folder / plans["configurations"][configuration]["data_identifier"]
     target.mkdir(parents=True, exist_ok=True)
     pending = [dataset.cases[name] for name in names if not _is_done(dataset.cases[name], target)]
-    arguments = [(dataset.content, plans, configuration, case, target) for case in pending]
+    arguments = [(dataset.content, plans, configuration, case, target, with_labels) for case in pending]
     for_each(_preprocess, arguments, "Preprocessing", workers=workers, quiet=quiet)
     return target
 
 
-def _preprocess(content: dict[str, Any], plans: dict[str, Any], configuration: str, case: Case, target: Path) -> None:
+def _preprocess(
+    content: dict[str, Any], plans: dict[str, Any], configuration: str, case: Case, target: Path, with_label: bool
+) -> None:
     with nnunet_environment():
         from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -60,8 +65,9 @@ def _preprocess(content: dict[str, Any], plans: dict[str, Any], configuration: s
         work = target / f".{uuid.uuid4().hex}"
         work.mkdir()
         try:
+            label = str(case.label) if with_label else None
             preprocessor.run_case_save(
-                str(work / case.name), [str(path) for path in case.images], str(case.label), manager, settings, content
+                str(work / case.name), [str(path) for path in case.images], label, manager, settings, content
             )
             for ending in _ENDINGS:
                 (work / f"{case.name}{ending}").replace(target / f"{case.name}{ending}")

@@ -97,6 +97,7 @@ def write_start(
     settings: TrainingSettings,
     *,
     shared: bool,
+    method: str = "finetune",
 ) -> None:
     """Write what is known before the first step."""
     write_json(out / "plans.json", plans)
@@ -137,29 +138,29 @@ def write_start(
         # With these, plain nnUNetv2_train finds everything below RUN/preprocessed.
         for name, content in ((plans["plans_name"], plans), ("dataset", raw.content), ("splits_final", split)):
             write_json(preprocessed / f"{name}.json", content)
-    _write_run(out, settings, finished=False)
-    text = "# Written by medssl finetune segmentation; every setting as it was used.\n" + to_yaml(wanted)
+    _write_run(out, settings, method, finished=False)
+    text = f"# Written by {wanted['command']}; every setting as it was used.\n" + to_yaml(wanted)
     write_text(out / "recipe.yaml", text)
 
 
-def write_claim(out: Path, settings: TrainingSettings) -> None:
+def write_claim(out: Path, settings: TrainingSettings, method: str = "finetune") -> None:
     """Say whose folder it is before anything else is in it, so that a run killed early can be replaced too."""
     if not (out / "run.json").is_file():
-        _write_run(out, settings, finished=False)
+        _write_run(out, settings, method, finished=False)
 
 
-def write_end(out: Path, settings: TrainingSettings) -> None:
+def write_end(out: Path, settings: TrainingSettings, method: str = "finetune") -> None:
     """Mark the RUN as finished."""
-    _write_run(out, settings, finished=True)
+    _write_run(out, settings, method, finished=True)
 
 
-def _write_run(out: Path, settings: TrainingSettings, *, finished: bool) -> None:
+def _write_run(out: Path, settings: TrainingSettings, method: str, *, finished: bool) -> None:
     write_json(
         out / "run.json",
         {
             "kind": "segmentation",
             "schema_version": SCHEMA_VERSION,
-            "method": "finetune",
+            "method": method,
             "arm": "scratch" if settings.checkpoint is None else "pretrained",
             "steps": settings.steps,
             "seed": settings.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medssl.errors import UsageError
 from medssl.files import write_bytes, write_json
@@ -85,6 +86,29 @@ def run_trainer(
             for path in (out / "validation").glob(f"*{raw.file_ending}"):
                 path.unlink()
             trainer.run_training()
+        from medssl.transfer.validation import predict_validation
+
+        predict_validation(trainer, settings.validation_cases or [], preprocessed, out / "validation", quiet=quiet)
+
+
+def predict_with(
+    weights: Mapping[str, Tensor],
+    out: Path,
+    plans: dict[str, Any],
+    configuration: str,
+    raw: RawDataset,
+    settings: TrainingSettings,
+    preprocessed: Path,
+    device: torch.device,
+    *,
+    quiet: bool,
+) -> None:
+    """Predict the validation cases with weights that were trained elsewhere; arguments as in `run_trainer`."""
+    with _kept_random_state(), nnunet_environment(), _selected(device):
+        unpretrained = settings.model_copy(update={"checkpoint": None})
+        trainer = _make_trainer(out, plans, configuration, raw, unpretrained, preprocessed, device)
+        trainer.initialize()
+        trainer.network.load_state_dict(weights)
         from medssl.transfer.validation import predict_validation
 
         predict_validation(trainer, settings.validation_cases or [], preprocessed, out / "validation", quiet=quiet)

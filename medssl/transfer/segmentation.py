@@ -112,7 +112,7 @@ def finetune_segmentation(
     check_policy(laterality)
     if augmentation not in AUGMENTATIONS:
         raise unknown_name("augmentation", augmentation, AUGMENTATIONS)
-    source = _template(checkpoint, plans_from, network)
+    source = template_of(checkpoint, plans_from, network)
     raw = read_dataset(dataset)
     if laterality == "swap-labels":
         paired_labels(raw.content["labels"])
@@ -143,7 +143,7 @@ def finetune_segmentation(
         runfiles.write_claim(out, settings)
         preprocessed = (cache or out / "preprocessed") / raw.name
         try:
-            plans = _plans(
+            plans = settle_plans(
                 raw, selection, source, out, preprocessed, network, patch_size, batch_size, spacing, workers, quiet
             )
             configuration = next(iter(plans["configurations"]))
@@ -161,7 +161,7 @@ def finetune_segmentation(
     return out
 
 
-def _template(checkpoint: Path | None, plans_from: Path | None, network: str | None) -> Source | None:
+def template_of(checkpoint: Path | None, plans_from: Path | None, network: str | None) -> Source | None:
     """Return the checkpoint that decides the network, or None if a name does."""
     if checkpoint is not None:
         if network is not None or plans_from is not None:
@@ -177,7 +177,7 @@ def _template(checkpoint: Path | None, plans_from: Path | None, network: str | N
     return load_source(Path(plans_from)) if plans_from is not None else None
 
 
-def _plans(
+def settle_plans(
     raw: RawDataset,
     selection: Selection,
     source: Source | None,
@@ -190,6 +190,7 @@ def _plans(
     workers: int | None,
     quiet: bool,
 ) -> dict[str, Any]:
+    """Return the RUN's plans: those that it has already, else new ones for its training cases."""
     written = out / "plans.json"
     if written.is_file() and (out / "recipe.yaml").is_file():
         plans: dict[str, Any] = json.loads(written.read_text())
