@@ -90,12 +90,13 @@ def semisupervise_classification(
     own = check_settings(model, mine, str(recipe or "settings"))
     learner = _Learner(method, kind, own, unlabelled)
     given = {name: value for name, value in options.items() if value is not None}
+    given = rest | given
     if kind.uses_unlabelled and unlabelled is None and given.get("labelled") is None:
         raise UsageError(
             "There are no unlabelled images: every training image is used with its class. Name some with --unlabelled, "
             "or use fewer labels with --labelled."
         )
-    return finetune_classification(dataset, checkpoint, out, learner=learner, **(rest | given))
+    return finetune_classification(dataset, checkpoint, out, learner=learner, **given)
 
 
 @dataclass(frozen=True)

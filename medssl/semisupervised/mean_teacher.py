@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from medssl.augmentation.policy import Policy
+from medssl.config import Settings
 from medssl.data.batch import Batch
 from medssl.data.draw import Draw
 from medssl.losses.consistency import squared_difference
@@ -30,20 +31,38 @@ class EmaSettings(TeacherSettings):
         return min(1 - 1 / (step.index + 1), super().at(step))
 
 
+class LookAheadSettings(Settings):
+    """Learning from the future (FST): the teacher follows a student that is some steps ahead.
+
+    Args:
+        steps: Virtual steps before each step; 0 takes none. A step then costs `steps` + 1 times as much.
+    """
+
+    steps: int = Field(default=0, ge=0)
+
+
 class TeacherStudentSettings(SemiSupervisedSettings):
     """What a method with a teacher is told.
 
     Args:
+        look_ahead: Virtual steps of the student that the teacher follows.
         teacher: How it follows the student.
         predict_with: Which of the two is exported. The tables of the field report the student.
     """
 
+    look_ahead: LookAheadSettings = LookAheadSettings()
     teacher: EmaSettings = EmaSettings()
     predict_with: Literal["student", "teacher"] = "teacher"
 
 
 class TeacherStudent(SemiSupervised):
-    """A student that is trained and a teacher that is its running average, buffers included."""
+    """A student that is trained and a teacher that is its running average, buffers included.
+
+    Any method with a teacher can learn from the future (Du et al., FST, NeurIPS 2022): before each step the student
+    takes some steps on the same batch, the teacher follows each of them, and the student then goes back and learns from
+    that teacher. Deliberate deviation: the optimiser's state goes back too; in the published code it keeps the momentum
+    of steps that were never taken.
+    """
 
     settings: TeacherStudentSettings
 
@@ -52,6 +71,15 @@ class TeacherStudent(SemiSupervised):
     ) -> None:
         super().__init__(networks, task, policy, settings)
         self.teacher = Teacher(settings.teacher, network=self.networks[0])
+
+    @property
+    def look_ahead(self) -> int:  # type: ignore[override]
+        """Virtual steps before each step."""
+        return self.settings.look_ahead.steps
+
+    def student_buffers(self) -> list[Tensor]:
+        """Return the buffers of the networks that are trained."""
+        return list(self.networks.buffers())
 
     @property
     def predictor(self) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from medssl.pretraining.recipe import recipe_model
 
 FOLDER = Path(__file__).resolve().parents[2] / "pipelines"
 PROTOCOLS = sorted(FOLDER.glob("protocol_*.yaml"))
-RECIPES = sorted({*FOLDER.glob("*.yaml")} - {*PROTOCOLS})
+SEMISUPERVISED = sorted(FOLDER.glob("semixup_*.yaml"))
+RECIPES = sorted({*FOLDER.glob("*.yaml")} - {*PROTOCOLS, *SEMISUPERVISED})
 
 
 def commands(path):
@@ -47,7 +49,7 @@ def test_a_recipe_opens_with_the_commands_that_run_it(path):
     assert pretrain[pretrain.index("--store") + 1] in made, "the store is made by a command above"
 
 
-@pytest.mark.parametrize("path", [*RECIPES, *PROTOCOLS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *SEMISUPERVISED, *PROTOCOLS], ids=lambda path: path.stem)
 def test_every_command_of_a_header_is_one_the_tool_knows(path):
     from typer.main import get_command
 
@@ -58,6 +60,24 @@ def test_every_command_of_a_header_is_one_the_tool_knows(path):
         while hasattr(command, "commands"):
             command, rest = command.commands[rest[0]], rest[1:]
         command.make_context(words[1], rest)
+
+
+def test_the_semixup_recipe_is_of_settings_that_classification_and_the_method_know():
+    from medssl.semisupervised.classification import OwnSettings
+    from medssl.semisupervised.semixup import SemixupSettings
+    from medssl.transfer.classification import finetune_classification
+    from medssl.transfer.classification_settings import ClassificationSettings
+
+    (path,) = SEMISUPERVISED
+    values = read_yaml(path)
+    assert values.pop("method") == "semixup"
+    for model in (SemixupSettings, OwnSettings, ClassificationSettings):
+        known = {name: values.pop(name) for name in list(values) if name in model.model_fields}
+        assert known
+        check_settings(model, known, str(path))
+    assert set(values) <= set(inspect.signature(finetune_classification).parameters)
+    (words,) = commands(path)
+    assert words[1] == "semisupervise" and f"pipelines/{path.name}" in words
 
 
 @pytest.mark.parametrize("path", PROTOCOLS, ids=lambda path: path.stem)
@@ -77,7 +97,7 @@ def test_a_protocol_names_what_is_there_and_trains_as_its_task_can(path):
     assert f"pipelines/{path.name}" in words
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *SEMISUPERVISED], ids=lambda path: path.stem)
 def test_numbers_come_with_their_reason(path):
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
     for name in ("patch_size", "batch_size", "steps", "network"):

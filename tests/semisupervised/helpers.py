@@ -80,6 +80,7 @@ def paired(
     seed: int = 0,
     first: int = 0,
     margin: int = 0,
+    double: bool = False,
 ) -> PairedBatch:
     """Return crops of noise with labels that follow the intensity, and unlabelled ones.
 
@@ -92,13 +93,14 @@ def paired(
         seed: Of the images.
         first: Number of the first sample of each stream.
         margin: Voxels of padding along each border.
+        double: Images in float64.
     """
     generator = torch.Generator().manual_seed(seed)
     size = tuple(edge + 8 for edge in SIZES[dimensions])
     parts = []
     for count in (labelled, unlabelled):
         image = torch.randn((count, 1, *size), generator=generator)
-        parts.append(_facts(image, dimensions, first, margin))
+        parts.append(_facts(image.double() if double else image, dimensions, first, margin))
     if task == "segmentation":
         label = (parts[0]["image"][:, 0] > 0).long() * (classes - 1)
         return PairedBatch(Batch(**parts[0], label=label), Batch(**parts[1]))
