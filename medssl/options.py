@@ -52,6 +52,15 @@ Files: TypeAlias = Annotated[
     typer.Option(help="hardlink costs no space, but what writes into --out in place then changes the source too."),
 ]
 Partial: TypeAlias = Annotated[bool, _option("Write what is whole although something is wrong.", "--partial")]
+LabelledIndex: TypeAlias = Annotated[Path, _argument("An INDEX of images with their DICOM SEG or RTSTRUCT.")]
+LabelNames: TypeAlias = Annotated[str | None, _option("Names of regions to take: Liver,Spleen; by default all.")]
+LabelPriority: TypeAlias = Annotated[
+    str | None, _option("Which label wins where two overlap, first to last; without, overlaps are refused.")
+]
+MissingLabels: TypeAlias = Annotated[
+    Literal["refuse", "background"],
+    typer.Option(help="What a label that was not drawn means: the volume is left out, or the label is absent."),
+]
 Select: TypeAlias = Annotated[str | None, _option("SQL condition: \"modality = 'MR' AND body_part = 'BRAIN'\".")]
 Spacing: TypeAlias = Annotated[str, typer.Option(help="median, native, or millimetres as Z,Y,X: 1.5,1,1.")]
 Normalisation: TypeAlias = Annotated[str, typer.Option(help="by-modality, or the name of one scheme for all.")]
@@ -84,6 +93,18 @@ Dataset: TypeAlias = Annotated[Path, _option("nnU-Net raw folder: imagesTr, labe
 StartFrom: TypeAlias = Annotated[
     str, _option("A pretraining RUN, a checkpoint file, or none for the scratch twin.", "--checkpoint")
 ]
+SemiStartFrom: TypeAlias = Annotated[
+    str, _option("A pretraining RUN, a checkpoint file, or none for random weights.", "--checkpoint")
+]
+SemiMethod: TypeAlias = Annotated[str, _option("See `medssl list semisupervised`.", "--method")]
+Unlabelled: TypeAlias = Annotated[
+    Path | None,
+    _option(
+        "Images without labels: a folder of NIfTI or a STORE (segmentation); a CSV, folder, .npz, INDEX or STORE "
+        "(classification). By default the training cases that --labelled leaves over.",
+    ),
+]
+RecipeSeed: TypeAlias = Annotated[int | None, _option("Of everything random; default: the recipe's, else 0.", min=0)]
 Steps: TypeAlias = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
 ValEvery: TypeAlias = Annotated[int, typer.Option(min=1, help="Steps between two looks at the validation cases.")]
 Labelled: TypeAlias = Annotated[int | None, _option("Use only so many labelled cases.", min=1)]
@@ -174,7 +195,12 @@ Purpose: TypeAlias = Annotated[str, typer.Option(help="Purpose of a policy; see 
 Draws: TypeAlias = Annotated[int, typer.Option(min=1, max=20, help="Pictures of each line.")]
 
 Model: TypeAlias = Annotated[Path, _option("A segmentation or classification RUN.")]
-AnyModel: TypeAlias = Annotated[Path | None, _option("A RUN or checkpoint to load and verify.", "--model")]
+AnyModel: TypeAlias = Annotated[
+    Path | None, _option("A RUN or checkpoint to load and verify.", "--model", envvar="MEDSSL_MODEL")
+]
+ModelHash: TypeAlias = Annotated[
+    str | None, _option("The hash that the model must have.", "--sha256", envvar="MEDSSL_MODEL_SHA256")
+]
 Input: TypeAlias = Annotated[Path, _option("A volume or picture, a folder of them, or a DICOM series.")]
 StepSize: TypeAlias = Annotated[
     float, typer.Option(min=0.1, max=1.0, help="Step of the sliding window, part of a patch.")
@@ -184,6 +210,16 @@ Mirroring: TypeAlias = Annotated[
 ]
 MemoryMb: TypeAlias = Annotated[
     int | None, _option("Working memory in MiB, 2048 by default; the rest goes to scratch files in --out.", min=256)
+]
+MaskFormat: TypeAlias = Annotated[
+    Literal["nifti", "dicom-seg"],
+    typer.Option(help="dicom-seg, for DICOM series: a SEG that belongs to the study and carries the patient's facts."),
+]
+SegmentCodes: TypeAlias = Annotated[
+    Path | None, _option("YAML file of category and type of labels for dicom-seg; goes before the built-in table.")
+]
+EmptyFrames: TypeAlias = Annotated[
+    bool, _option("Write also the frames of a dicom-seg that have no content.", "--empty-frames")
 ]
 Predictions: TypeAlias = Annotated[Path, _option("Folder of masks, or a segmentation RUN.")]
 References: TypeAlias = Annotated[Path, _option("Folder of reference masks, or an nnU-Net raw data set.")]

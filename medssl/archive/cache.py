@@ -18,7 +18,7 @@ from medssl.archive.find import Found
 from medssl.errors import DataError, MedsslError
 
 #: Raised whenever what is stored, or how volumes are made, changes: an older cache is then read anew.
-SCHEMA = 1
+SCHEMA = 2
 #: Verdicts that may differ next time though the file is the same.
 TRANSIENT = ("unreadable", "vanished", "changed_while_read", "decode_crashed", "decode_timeout", "decode_memory")
 

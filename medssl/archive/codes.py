@@ -198,12 +198,33 @@ _PREDICTION: tuple[Code, ...] = (
     Code("refused", "channels_incomplete", "A case has other channels than the model takes.", "Name its files CASE_0000, CASE_0001, ... one per channel."),
     Code("refused", "name_taken", "Two files are the same case and channel.", "Remove or rename one."),
     Code("refused", "output_not_finite", "The network's output is not finite on this volume.", "Check the volume's intensities; if it is so everywhere, training diverged."),
+    Code("refused", "source_not_dicom", "DICOM SEG was asked for, and the input is no DICOM series.", "Give the DICOM series, or use --format nifti."),
+    Code("refused", "source_uids_missing", "The images lack identifiers (study, series, instance, frame of reference) by which a DICOM SEG names its source.", "Export the series again from the PACS with its identifiers, or use --format nifti."),
+    Code("refused", "source_not_referable", "The grid of the volume is not that of one image per slice or of one multi-frame image (repaired geometry, mosaic, several multi-frame images, a picture).", "Use --format nifti, or send the series as classic single-frame or enhanced multi-frame images."),
+    Code("refused", "seg_not_written", "No valid DICOM SEG can be written for this series: its headers break rules that a SEG must follow.", "Mend the headers, or use --format nifti."),
+    Code("flag", "mask_empty", "No voxel was labelled: the mask is empty, and a DICOM SEG holds all its frames, each without content.", "Check that the volume shows what the model looks for."),
+)
+# Found when segmentations and structure sets of an archive become labels; they stand in labels.json.
+_LABELS: tuple[Code, ...] = (
+    Code("refused", "label_without_volume", "A segmentation or structure set names no series of which the index has a volume.", "Index the images it was drawn on with it, or loosen --select."),
+    Code("refused", "label_of_several_volumes", "A segmentation or structure set names series that hold several volumes.", "Leave one of them with --select."),
+    Code("refused", "label_other_patient", "A segmentation or structure set has another patient ID than its images.", "Correct the ID at the source; do not train on it before."),
+    Code("refused", "label_names_patient", "The name of a segment or region holds the patient's name or ID: it would become the name of a label.", "Rename the region at the source."),
+    Code("refused", "label_missing", "The case has no region for a label that others have: it may be absent or merely not drawn.", "Name fewer --labels, or use --missing background where not drawn means absent."),
+    Code("refused", "label_repeated", "Two objects of one volume have a region of the same name: two readers or two versions.", "Leave one of them in the archive."),
+    Code("refused", "label_image_unsuitable", "The volume is no image that a label can lie on: its geometry was repaired, or it has frames or colours.", "Draw the label on a series of its own, or index with --geometry strict."),
+    Code("refused", "segments_overlap", "Two labels overlap, and a voxel can have one only.", "State which one wins with --priority, or name fewer --labels."),
+    Code("refused", "segmentation_unsupported", "A DICOM SEG that is neither binary nor a label map.", "Export it as a binary segmentation."),
+    Code("refused", "segmentation_invalid", "A DICOM SEG whose segments or frames contradict each other.", "Export it again."),
+    Code("refused", "structure_set_invalid", "An RTSTRUCT whose regions contradict each other, or without a closed contour.", "Export it again with closed planar contours."),
+    Code("refused", "contour_invalid", "A contour with fewer than three points, or with numbers that are not finite or not as many as declared.", "Export the structure set again."),
+    Code("refused", "contour_off_slice", "A contour does not lie on a slice of its volume.", "Draw it on the slices of the series, or resample it there."),
 )
 # fmt: on
 
 CODES: dict[str, Code] = {
     entry.code: entry
-    for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING, *_PREDICTION)
+    for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING, *_PREDICTION, *_LABELS)
 }
 
 

@@ -102,6 +102,27 @@ class Index:
             raise DataError(f"Source {number} of {self.path} is not where it was. Mount it there, or index it again.")
         return VolumeTask(fingerprint, kind, str(root), plan, self.info["geometry"], tuple(map(tuple, files)))
 
+    def related_file(self, source: int, path: str) -> FileTask:
+        """Return where a related object lies and how it was when it was indexed; private to the archive.
+
+        Args:
+            source: Its column `source`.
+            path: Its column `relative_path`.
+
+        Raises:
+            DataError: If the index does not know it, or its source is not there.
+        """
+        connection = open_readonly(cache_path(self.path))
+        try:
+            row = connection.execute(
+                "SELECT id, size, mtime FROM files WHERE source = ? AND path = ?", (source, path)
+            ).fetchone()
+        finally:
+            connection.close()
+        if row is None or source not in self._roots:
+            raise DataError(f"{self.path} has lost a related object. Run `medssl index` on it with --resume.")
+        return FileTask(row[0], str(self._roots[source]), path, row[1], row[2])
+
     @cached_property
     def _roots(self) -> dict[int, Path]:
         return {number: entry.source.root for number, entry in read_sources(self.path).items()}

@@ -12,7 +12,7 @@ from medssl import __version__
 from medssl.archive.cache import Cache, batches, compact
 from medssl.archive.private import KnownSource
 from medssl.archive.pseudonym import Pseudonyms
-from medssl.archive.settle import keys_of_header, person_conflicts
+from medssl.archive.settle import keys_of_header, person_conflicts, references_of_header
 from medssl.archive.tasks import PERCENTILES
 from medssl.files import atomic_path, sha256_of, write_json
 
@@ -66,6 +66,9 @@ def table_schema(name: str) -> pyarrow.Schema:
             ("patient_key", text),
             ("study_key", text),
             ("series_key", text),
+            # Of a segmentation or structure set: what it was drawn on, as far as this index has it.
+            ("referenced_series_keys", texts),
+            ("volume_ids", texts),
         ],
     }
     return pa.schema(columns[name])
@@ -208,8 +211,10 @@ def _related(cache: Cache, sources: dict[int, KnownSource], pseudonyms: Pseudony
         "SELECT r.source, r.path, r.kind, f.header FROM related r JOIN files f ON f.id = r.file "
         "ORDER BY r.source, r.path, r.kind"
     )
+    volumes = _volumes_of_series(cache)
     for source, path, kind, header in _stream(cache, query):
         keys = keys_of_header(pseudonyms, sources, source, header or "")
+        drawn_on = [pair for uid in references_of_header(header or "") for pair in volumes.get(uid, ())]
         yield {
             "source": source,
             "relative_path": path,
@@ -217,7 +222,25 @@ def _related(cache: Cache, sources: dict[int, KnownSource], pseudonyms: Pseudony
             "patient_key": keys.patient,
             "study_key": keys.study,
             "series_key": keys.series,
+            "referenced_series_keys": sorted({key for key, _ in drawn_on}),
+            "volume_ids": sorted({volume for _, volume in drawn_on}),
         }
+
+
+def _volumes_of_series(cache: Cache) -> dict[str, list[tuple[str, str]]]:
+    """Return series key and volume id by series UID, if there is an object that could refer to one."""
+    kinds = "('segmentation', 'structure_set')"
+    if not cache.one(f"SELECT COUNT(*) FROM related WHERE kind IN {kinds}"):
+        return {}
+    # A series with a UID is stored as "STUDY|SERIES".
+    query = (
+        "SELECT substr(series, instr(series, '|') + 1), series_key, final_id FROM volumes "
+        "WHERE status = 'ok' AND kind = 'dicom'"
+    )
+    found: dict[str, list[tuple[str, str]]] = {}
+    for uid, key, volume in _stream(cache, query):
+        found.setdefault(uid, []).append((key, volume))
+    return found
 
 
 def _stream(cache: Cache, query: str) -> Iterator[tuple[Any, ...]]:

@@ -143,6 +143,19 @@ def _find_sidecars(cache: Cache) -> None:
             execute("INSERT INTO related VALUES (?, ?, ?, 'sidecar')", (source, path, file))
 
 
+def references_of_header(header: str) -> tuple[str, ...]:
+    """Return the UIDs of the series that a DICOM file was drawn on; none for another file.
+
+    Args:
+        header: JSON of its header, or another text.
+    """
+    if not header.startswith("["):
+        return ()
+    from medssl.archive.dicom.model import DicomHeader
+
+    return DicomHeader.from_json(header).references
+
+
 def keys_of_header(pseudonyms: Pseudonyms, sources: dict[int, KnownSource], source: int, header: str) -> Keys:
     """Return patient, study and series keys of a DICOM file; empty where nothing is known.
 

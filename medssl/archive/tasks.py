@@ -95,7 +95,7 @@ def read_file(task: FileTask) -> FileFacts:
     from medssl.archive.sniff import sniff
 
     path = absolute(Path(task.root), task.path)
-    _check_unchanged(path, task.size, task.mtime_ns)
+    check_unchanged(path, task.size, task.mtime_ns)
     kind = sniff(path)
     if kind == "dicom":
         from medssl.archive.dicom.header import read_header
@@ -109,7 +109,7 @@ def read_file(task: FileTask) -> FileFacts:
         related = layout.related or ("label_map" if is_label_file(task.path) else "")
         companions = tuple(_relative(companion, Path(task.root)) for companion in layout.companions)
         facts = FileFacts("related" if related else "image", related, header=kind, companions=companions)
-    _check_unchanged(path, task.size, task.mtime_ns)
+    check_unchanged(path, task.size, task.mtime_ns)
     return facts
 
 
@@ -152,7 +152,7 @@ def load_planned(task: VolumeTask) -> Volume:
     root = Path(task.root)
     paths = [(absolute(root, path), size, mtime) for path, size, mtime in task.files]
     for path, size, mtime in paths:
-        _check_unchanged(path, size, mtime)
+        check_unchanged(path, size, mtime)
     if task.kind == "dicom":
         from medssl.archive.dicom.model import DicomVolume
         from medssl.archive.dicom.pixels import load
@@ -166,7 +166,7 @@ def load_planned(task: VolumeTask) -> Volume:
         modality = image_hints(root, task.plan).get("modality") if volume.modality == UNKNOWN_MODALITY else None
         volume = replace(volume, modality=modality) if modality else volume
     for path, size, mtime in paths:
-        _check_unchanged(path, size, mtime)
+        check_unchanged(path, size, mtime)
     return volume
 
 
@@ -274,7 +274,13 @@ def _few(sample: NDArray[Any]) -> bool:
     return bool(values.size <= _FEW_VALUES and (values == np.rint(values)).all())
 
 
-def _check_unchanged(path: Path, size: int, mtime_ns: int) -> None:
+def check_unchanged(path: Path, size: int, mtime_ns: int) -> None:
+    """Refuse a file that is not as it was found.
+
+    Raises:
+        InputRefused: If its size or time of change differ.
+        OSError: If it cannot be looked at.
+    """
     status = path.stat()
     if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
         raise InputRefused("changed_while_read", f"{size} bytes when found, {status.st_size} now")

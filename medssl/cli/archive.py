@@ -6,7 +6,7 @@ import typer
 
 from medssl import options as o
 from medssl.cli.apps import app, dataset_app
-from medssl.cli.parsing import spacing_of
+from medssl.cli.parsing import names, spacing_of
 from medssl.screen import finish, show
 
 
@@ -110,6 +110,39 @@ def dataset_prepare(
     )
     show(result, as_json)
     raise typer.Exit(result.exit_code)
+
+
+@dataset_app.command("from-index")
+def dataset_from_index(
+    index: o.LabelledIndex,
+    out: o.Out,
+    labels: o.LabelNames = None,
+    priority: o.LabelPriority = None,
+    missing: o.MissingLabels = "refuse",
+    select: o.Select = None,
+    workers: o.Workers = None,
+    overwrite: o.Overwrite = False,
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write the volumes of an INDEX that have a DICOM SEG or RTSTRUCT as an nnU-Net raw data set.
+
+    Example: `medssl dataset from-index index --out liver --labels Liver`
+    """
+    from medssl.archive.label_dataset import dataset_from_index as run
+
+    result = run(
+        index,
+        out,
+        labels=names(labels),
+        priority=names(priority),
+        missing=missing,
+        select=select,
+        workers=workers,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    finish(result, out, as_json)
 
 
 @app.command()

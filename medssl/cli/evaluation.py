@@ -22,6 +22,9 @@ def predict(
     step_size: o.StepSize = 0.5,
     mirroring: o.Mirroring = None,
     memory_mb: o.MemoryMb = None,
+    format: o.MaskFormat = "nifti",
+    codes: o.SegmentCodes = None,
+    empty_frames: o.EmptyFrames = False,
     device: o.Device = "auto",
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
@@ -30,6 +33,8 @@ def predict(
     """Segment volumes, each mask on the grid of its source; or classify images, as a CSV of probabilities.
 
     Example: `medssl predict --model model --input /pacs/series --out masks`
+
+    Example: `medssl predict --model model --input /pacs/series --out segs --format dicom-seg`
     """
     from medssl.inference.predict import predict as run
 
@@ -42,6 +47,9 @@ def predict(
             step_size=step_size,
             mirroring=mirroring,
             memory_mb=memory_mb,
+            format=format,
+            codes=codes,
+            empty_frames=empty_frames,
             overwrite=overwrite,
             quiet=quiet,
         ),

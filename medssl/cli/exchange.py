@@ -88,15 +88,18 @@ def preview(
 @app.command()
 def doctor(
     model: o.AnyModel = None,
+    sha256: o.ModelHash = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Check this machine: libraries, decoders, devices, memory, and a model if one is given.
+    """Check this machine: libraries, decoders, devices, memory, folders, and a model if one is given.
+
+    Ends with 0 if medssl can work here, be it with limits, and with 1 if a finding is `broken`.
 
     Example: `medssl doctor --model model`
     """
     from medssl.doctor import examine
 
-    findings = examine(model)
+    findings = examine(model, sha256)
     table("Findings", findings, as_json)
     if any(finding.verdict == "broken" for finding in findings):
         raise typer.Exit(EXIT_FAILURE)

@@ -80,6 +80,26 @@ def read_npz(path: Path, kind: str, classes: Sequence[str] | None) -> tuple[Targ
     return Targets(kind, names, tuple(cases), "npz"), len(prefixes) > 1
 
 
+def read_npz_images(path: Path) -> Targets:
+    """Return the images of a .npz without a class; its labels, if it has some, are not looked at.
+
+    Raises:
+        DataError: If it is damaged, holds pickled objects or no images.
+    """
+    with opened_npz(path) as content:
+        prefixes = [prefix for prefix in ("train", "val", "test") if f"{prefix}_images" in content]
+    if not prefixes:
+        raise DataError(f"{path} holds no train_images, val_images or test_images.")
+    cases = []
+    for prefix in prefixes:
+        for number in range(npz_shape(path, f"{prefix}_images")[0]):
+            name, where = f"{prefix}-{number:06d}", f"{path.name} {prefix}_images[{number}]"
+            cases.append(
+                Case(name, (), name, SPLIT_NAMES[prefix], len(cases) + 1, where, array=(f"{prefix}_images", number))
+            )
+    return Targets("multiclass", (), tuple(cases), "npz")
+
+
 @contextmanager
 def opened_npz(path: Path) -> Iterator[Any]:
     """Open a .npz without ever running code that it may hold.

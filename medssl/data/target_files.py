@@ -10,7 +10,7 @@ from typing import Any
 
 from medssl.archive.pseudonym import Pseudonyms, open_user_key
 from medssl.archive.sniff import sniff
-from medssl.data.target_arrays import read_npz
+from medssl.data.target_arrays import read_npz, read_npz_images
 from medssl.data.target_table import NONE, SEPARATOR, Row, parse_target, read_table, the_kind
 from medssl.data.targets import (
     NAMED,
@@ -85,6 +85,41 @@ def read_targets(
     elif not has_split:
         targets = split_by_patient(targets)
     return check(targets)
+
+
+def read_unlabelled(dataset: Path) -> Targets:
+    """Return the images of a data set whose class is not looked at.
+
+    Args:
+        dataset: A CSV with the column path, a .npz, an INDEX, a STORE, or a folder of images at any depth.
+
+    Raises:
+        UsageError: If there is nothing of that name.
+        DataError: If it holds no image, or the row that is named cannot be used.
+    """
+    if not dataset.exists():
+        raise UsageError(f"--unlabelled {dataset} does not exist.")
+    if dataset.suffix.lower() == ".npz":
+        return read_npz_images(dataset)
+    if not dataset.is_dir():
+        return read_images(dataset)[0]
+    if _is_volumes(dataset):
+        cases = [
+            Case(name, (), str(row["patient_key"]), str(row["split"]), number, name, volume_id=name)
+            for number, (name, row) in enumerate(sorted(_volumes(dataset).items()), start=1)
+        ]
+        return Targets("multiclass", (), tuple(cases), "volumes")
+    files = _files(dataset)
+    if not files:
+        raise DataError(f"--unlabelled {dataset} holds no image.")
+    _refuse_strange({file.relative_to(dataset).as_posix(): file for file in files})
+    pseudonyms = open_user_key()
+    named = [(file, file.relative_to(dataset).as_posix()) for file in files]
+    cases = [
+        Case(pseudonyms.of("image", text), (), pseudonyms.of("patient", text), "train", number, text, file)
+        for number, (file, text) in enumerate(named, start=1)
+    ]
+    return Targets("multiclass", (), tuple(cases), "folder")
 
 
 def read_images(dataset: Path, labels: Path | None = None) -> tuple[Targets, tuple[str, ...]]:

@@ -24,11 +24,13 @@ class Case:
         name: What its mask is called, without an ending.
         source: What to call the input in the outputs: file names, or nothing for DICOM.
         open: Opens its channels; raises `InputRefused`.
+        series: Where it lies, if it was found among DICOM series.
     """
 
     name: str
     source: tuple[str, ...]
     open: Callable[[], list[Channel]]
+    series: SeriesFound | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def _dicom(where: Path, channels: int) -> tuple[list[Case], list[Refusal]]:
             "Convert them with `medssl convert` and name the files CASE_0000.nii.gz, CASE_0001.nii.gz."
         )
     found = find_series(where)
-    cases = [Case(series.name, (), _series_opener(series)) for series in found.series]
+    cases = [Case(series.name, (), _series_opener(series), series) for series in found.series]
     # Paths of DICOM files often name the patient, so only kinds and numbers of refused files are told.
     tally = Counter((code, detail) for _, code, detail in found.refused)
     return cases, [Refusal(f"{count} DICOM file(s)", code, detail) for (code, detail), count in sorted(tally.items())]

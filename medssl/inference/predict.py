@@ -26,7 +26,8 @@ from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, InputRef
 from medssl.files import prepare_output_folder, write_json, write_text
 from medssl.inference.cases import Case, Refusal, find_cases
 from medssl.inference.classify import ClassifySummary, classify
-from medssl.inference.grid import Grid, write_mask
+from medssl.inference.grid import Grid
+from medssl.inference.mask_formats import DicomSeg, MaskFormat, mask_format
 from medssl.inference.model import SegmentationModel, load_model, resolve_device
 from medssl.inference.preprocess import prepare
 from medssl.inference.restore import restore
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 TABLE = "predictions.json"
+VOLUMES = "volumes.json"
 NOTICE = "Research use only. Not a medical device: not for diagnosis or treatment."
 
 
@@ -127,6 +129,9 @@ def predict(
     step_size: float = 0.5,
     mirroring: bool | None = None,
     memory_mb: int | None = None,
+    format: str = "nifti",
+    codes: Path | None = None,
+    empty_frames: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> PredictSummary | ClassifySummary:
@@ -135,8 +140,10 @@ def predict(
     With a classification RUN the result is a table of probabilities; see `medssl.inference.classify`. Options of the
     sliding window belong to segmentation, where each mask lies on the grid of its source.
 
-    Writes `<case>.nii.gz`, `predictions.json` and `volumes.csv` into `out`. An input that cannot be used costs one row
-    in `refused` and nothing else.
+    Writes `<case>.nii.gz` or `<case>.dcm`, `predictions.json`, and the volumes in millilitres as `volumes.json` and
+    `volumes.csv` into `out`. An input that cannot be used costs one row in `refused` and nothing else.
+
+    A DICOM SEG belongs to the patient's study: it alone carries what the source says of both.
 
     Args:
         model: A classification RUN, a segmentation RUN, or any trained nnU-Net model folder; of several folds the mean
@@ -147,17 +154,24 @@ def predict(
         step_size: Distance of the window's tiles in tile sizes, in (0, 1].
         mirroring: None mirrors along the axes the checkpoint allows, False never; True demands that it allows some.
         memory_mb: Working memory in MiB for arrays that grow with the volume; 2048 by default.
+        format: `nifti`, or `dicom-seg` for DICOM series: a binary SEG on the grid of its source.
+        codes: YAML file of category and type of labels for DICOM SEG, looked up before `segment_codes.yaml`.
+        empty_frames: Write also the frames of a DICOM SEG that have no content; some viewers place the others better.
         overwrite: Replace the masks of an earlier prediction in `out`.
         quiet: Show no progress.
 
     Raises:
-        UsageError: If an option does not fit, `out` is not empty, or mirroring is asked for and not allowed.
+        UsageError: If an option does not fit, `out` is not empty, mirroring is asked for and not allowed, or DICOM SEG
+            is asked for and the input is not DICOM.
         CheckpointError: If the model cannot be used.
     """
     from medssl.transfer.classifier_files import is_classification
     from medssl.transfer.nnunet import nnunet_environment
 
+    masks = mask_format(format, codes, empty_frames)
     if is_classification(model):
+        if isinstance(masks, DicomSeg):
+            raise UsageError(f"--format {format} is for masks: this model is a classifier.")
         if mirroring is not None or step_size != 0.5 or memory_mb is not None:
             raise UsageError("--mirroring, --step-size and --memory-mb are for masks: this model is a classifier.")
         _refuse_overlap(input, out)
@@ -170,6 +184,7 @@ def predict(
         network = load_model(model, resolve_device(device))
         axes = _mirroring(network, mirroring)
         cases, refused = find_cases(input, network.channels)
+        masks.check(cases, input)
         _refuse_overlap(input, out)
         prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
         facts = {
@@ -178,14 +193,20 @@ def predict(
                 "sha256": network.sha256,
                 "labels": {name: list(values) for name, values in network.label_values.items()},
             },
-            "options": {"step_size": step_size, "mirroring_axes": list(axes), "device": network.device.type},
+            "options": {
+                "step_size": step_size,
+                "mirroring_axes": list(axes),
+                "device": network.device.type,
+                "format": format,
+            },
         }
+        facts |= masks.facts(network)
         summary = PredictSummary(out, [], list(refused), facts)
         write_json(out / TABLE, summary.to_json())  # from now on --overwrite knows the folder as ours
         with progress("Predicting", len(cases), quiet=quiet) as advance:
             for case in cases:
                 try:
-                    done = _predict_case(case, network, axes, step_size, memory_mb, out, advance)
+                    done = _predict_case(case, network, axes, step_size, memory_mb, out, masks, advance)
                     summary.predictions.append(done)
                 except InputRefused as error:
                     logger.warning("%s is refused: %s", case.name, error)
@@ -194,6 +215,7 @@ def predict(
                 advance(1, case.name)
         write_json(out / TABLE, summary.to_json())
         write_text(out / "volumes.csv", _volumes_csv(summary.predictions, list(network.label_values)))
+        write_json(out / VOLUMES, _volumes_json(summary.predictions))
     return summary
 
 
@@ -204,9 +226,11 @@ def _predict_case(
     step_size: float,
     memory_mb: int | None,
     out: Path,
+    masks: MaskFormat,
     advance: Callable[..., None],
 ) -> Prediction:
     began = time.monotonic()
+    write = masks.writer(case, model)
     workspace = Workspace(memory_mb, out)
     reorient = model.plans.plans["image_reader_writer"] == "NibabelIOWithReorient"
     image = read_image(case.open(), reorient, workspace)
@@ -223,8 +247,9 @@ def _predict_case(
 
     mask = restore(window.rows(prepared.data, workspace, tick), prepared, model, workspace)
     del prepared
-    name = f"{case.name}.nii.gz"
-    write_mask(out / name, mask, grid, reorient)
+    name = write(out, mask, grid, reorient)
+    if not any(bool(row.any()) for row in mask):
+        flags = tuple(sorted({*flags, "mask_empty"}))
     return Prediction(
         case=case.name,
         mask=name,
@@ -277,3 +302,12 @@ def _volumes_csv(predictions: list[Prediction], labels: list[str]) -> str:
     for row in predictions:
         writer.writerow([row.case, *(row.volumes_ml[label] for label in labels)])
     return text.getvalue()
+
+
+def _volumes_json(predictions: list[Prediction]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "notice": NOTICE,
+        "unit": "ml",
+        "cases": {row.case: row.volumes_ml for row in predictions},
+    }

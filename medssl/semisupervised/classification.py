@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medssl import registry_semisupervised as registry
 from medssl.config import Settings, apply_overrides, check_settings, read_yaml
-from medssl.data.target_files import read_images
+from medssl.data.target_files import read_unlabelled
 from medssl.data.targets import Case, Targets
 from medssl.errors import UsageError
 from medssl.networks.classifier import Classifier
@@ -111,7 +111,7 @@ class _Learner:
         where = None if self.unlabelled is None else str(self.unlabelled)
         return {"semisupervised": {"method": self.name, "unlabelled": where, **self.settings.model_dump(mode="json")}}
 
-    def run(self, job: Run, dataset: Path, cache: Path, options: ImageOptions) -> Run:
+    def run(self, job: Run, cache: Path, options: ImageOptions) -> Run:
         """Return the run that trains by the method.
 
         Raises:
@@ -135,7 +135,7 @@ class _Learner:
                     "Every training image is labelled: name others with --unlabelled, or lower --labelled."
                 )
             return ImageSet(images.store, left, None, images.plan.dimensions)
-        found, _ = read_images(self.unlabelled)
+        found = read_unlabelled(self.unlabelled)
         store, kept = self._fitted(found, job, cache, options)
         cases = [case for case in found.cases if case.name in kept]
         return ImageSet(store, cases, None, images.plan.dimensions)
@@ -156,6 +156,13 @@ class _Learner:
         fitted = fitted_store(
             store, ids, cache, patch=(*front, *images.patch), window=window, fit=images.facts["fit"], options=options
         )
+        channels = int(fitted.row(found.cases[0].name)["shape"][0])
+        wanted = int(images.store.row(images.targets.cases[0].name)["shape"][0])
+        if channels != wanted:
+            raise UsageError(
+                f"--unlabelled {self.unlabelled} holds images of {channels} channels, the data set of {wanted}. --grey "
+                "averages the channels of both."
+            )
         known = {part: _hashes(images.store, job.whole.of(part)) for part in ("train", "validation", "test")}
         kept = set()
         labelled = {case.name for case in images.targets.of("train")}

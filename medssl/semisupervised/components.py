@@ -26,7 +26,7 @@ def largest_components(classes: Tensor, count: int) -> Tensor:
     """
     if classes.ndim not in (3, 4) or classes.dtype != torch.int64:
         raise ValueError(
-            f"Components need classes (B, Z, Y, X) or (B, Y, X) of int64, got {tuple(classes.shape)} and {classes.dtype}"
+            f"Components need classes (B, Z, Y, X) or (B, Y, X) of int64, got {tuple(classes.shape)}, {classes.dtype}"
         )
     kept = torch.zeros_like(classes)
     for number in range(1, count):

@@ -54,9 +54,11 @@ class MutualDecoders(SemiSupervised):
         # Of the other networks only the decoders are used: they start differently.
         first, *others = networks
         self.networks = nn.ModuleList([first])
-        raised = zip(others, ("linear", "nearest"), strict=True)
-        apart = settings.unlabelled.weight == 0
-        self.decoders = nn.ModuleList([] if apart else [RaisingDecoder(other.decoder, mode) for other, mode in raised])
+        modes = () if settings.unlabelled.weight == 0 else ("linear", "nearest")
+        self.decoders = nn.ModuleList(
+            RaisingDecoder(other.decoder, mode)  # type: ignore[arg-type]
+            for other, mode in zip(others, modes, strict=False)
+        )
 
     def losses(self, views: Views, step: Step) -> dict[str, Tensor]:
         """Return the supervised terms, the sum over decoders times their factor, and `consistency` times its weight."""
@@ -111,7 +113,7 @@ class RaisingDecoder(nn.Module):
 
     def __init__(self, decoder: nn.Module, mode: str) -> None:
         super().__init__()
-        self.narrow = nn.ModuleList(_narrowed(layer) for layer in decoder.transpconvs)  # type: ignore[union-attr, arg-type]
+        self.narrow = nn.ModuleList(_narrowed(layer) for layer in decoder.transpconvs)  # type: ignore[union-attr]
         self.stages, self.output = decoder.stages, decoder.seg_layers[-1]  # type: ignore[union-attr, index]
         self.mode = mode
 
@@ -125,10 +127,10 @@ class RaisingDecoder(nn.Module):
             Shape: (B, K, *spatial).
         """
         features = stages[-1]
-        for narrow, block, finer in zip(self.narrow, self.stages, stages[-2::-1], strict=True):  # type: ignore[arg-type]
+        for narrow, block, finer in zip(self.narrow, self.stages, stages[-2::-1], strict=True):
             raised = self._raised(narrow(features), finer.shape[2:])
             features = block(torch.cat([raised, finer], dim=1))
-        return self.output(features)  # type: ignore[operator, no-any-return]
+        return self.output(features)  # type: ignore[operator]
 
     def _raised(self, features: Tensor, size: Sequence[int]) -> Tensor:
         if self.mode == "nearest":

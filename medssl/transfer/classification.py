@@ -189,15 +189,15 @@ def finetune_classification(
             images = prepare_images(
                 whole, dataset, template, network, cache or out / "images", patch, fit, chosen, options
             )
+            images = dataclasses.replace(images, targets=targets)
+            job = Run(out, recipe, images, whole, None if checkpoint is None else template, network, chosen, weights)
+            run = job if learner is None else learner.run(job, cache or out / "images", options)
         except MedsslError:
             if not resume:
                 shutil.rmtree(out)
             raise
         fabric = launch(machine, _precision(chosen, machine.cuda), device)
         with own_random_state(chosen.seed, machine.cuda):
-            images = dataclasses.replace(images, targets=targets)
-            job = Run(out, recipe, images, whole, None if checkpoint is None else template, network, chosen, weights)
-            run = job if learner is None else learner.run(job, dataset, cache or out / "images", options)
             run.go(fabric, resume=resume, quiet=quiet)
     return out
 
@@ -294,7 +294,7 @@ class Learner(Protocol):
         """Return what it adds to the recipe."""
         ...
 
-    def run(self, job: Run, dataset: Path, cache: Path, options: ImageOptions) -> Run:
+    def run(self, job: Run, cache: Path, options: ImageOptions) -> Run:
         """Return the run that trains by it."""
         ...
 

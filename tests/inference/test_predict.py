@@ -111,6 +111,7 @@ def test_a_bad_input_costs_one_row_and_nothing_else(model: Path, tmp_path: Path)
         "good.nii.gz",
         "predictions.json",
         "volumes.csv",
+        "volumes.json",
     ]
     (images / "good.nii.gz").unlink()
     assert run(model, images, tmp_path / "all_bad").exit_code == 4

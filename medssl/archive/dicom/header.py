@@ -30,6 +30,8 @@ MAX_PLANE_PIXELS = 2**28
 #: PackBits cannot shrink below 2 bytes for 128.
 _RLE = "1.2.840.10008.1.2.5"
 _RLE_RATIO = 64
+#: Series that one segmentation or structure set belongs to; an honest one names a handful.
+_MOST_REFERENCES = 64
 _LOSSY_SYNTAXES = frozenset(f"1.2.840.10008.1.2.4.{number}" for number in (50, 51, 81, 91, 203))
 _PHOTOMETRIC = {
     1: frozenset(("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")),
@@ -86,11 +88,11 @@ def _header(path: Path, opened: Opened) -> DicomHeader:
     if not related and "LOCALIZER" in image_type:
         related = "localiser"
     if related:
-        return DicomHeader(related=related, **facts)  # type: ignore[arg-type]
+        return DicomHeader(related=related, references=_references(header, related), **facts)  # type: ignore[arg-type]
     if is_whole_slide(sop_class):
         return DicomHeader(problem=("unsupported_object", "whole-slide microscopy"), **facts)  # type: ignore[arg-type]
     try:
-        facts.update(_pixels(header, opened))
+        facts.update(pixel_format(header, opened))
         facts.update(_planes(header, facts, image_type))
         return DicomHeader(**facts)  # type: ignore[arg-type]
     except InputRefused as refusal:
@@ -122,8 +124,29 @@ def _identity(facts: dict[str, object]) -> dict[str, object]:
     return {name: facts[name] for name in _IDENTITY}
 
 
-def _pixels(header: Tags, opened: Opened) -> dict[str, object]:
-    """Return the pixels' format after checking it against itself, the limit and the size of the file."""
+def _references(header: Tags, related: str) -> tuple[str, ...]:
+    """Return the UIDs of the series that a segmentation or structure set names, each once and in order."""
+    if related == "segmentation":
+        items = header.sequence(t.REFERENCED_SERIES)
+    elif related == "structure_set":
+        items = [
+            series
+            for frame in header.sequence(t.RT_FRAMES)
+            for study in frame.sequence(t.RT_STUDIES)
+            for series in study.sequence(t.RT_SERIES)
+        ]
+    else:
+        return ()
+    found = dict.fromkeys(item.text(t.SERIES_UID) for item in items)
+    return tuple(uid for uid in found if uid)[:_MOST_REFERENCES]
+
+
+def pixel_format(header: Tags, opened: Opened) -> dict[str, object]:
+    """Return the pixels' format after checking it against itself, the limit and the size of the file.
+
+    Raises:
+        InputRefused: If it contradicts itself or asks for too much.
+    """
     rows, columns = header.integer(t.ROWS), header.integer(t.COLUMNS)
     if not opened.pixel_tag:
         raise InputRefused("no_pixel_data", f"{rows} x {columns} pixels are declared")

@@ -80,6 +80,7 @@ class DicomHeader:
         picture: A 2D image or moving picture without a place in the patient.
         tiles: Tiles in a row of a mosaic; 0 for an ordinary image.
         pixel_length: Declared bytes of the pixels, -1 if compressed.
+        references: UIDs of the series that a segmentation or structure set belongs to.
     """
 
     path: str
@@ -116,6 +117,7 @@ class DicomHeader:
     tiles: int = 0
     pixel_length: int = 0
     flags: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     pet: Pet | None = None
     frames: tuple[Frame, ...] = ()
 

@@ -260,7 +260,7 @@ def _header_with_pixels(path: Path) -> DicomHeader | None:
         header = read_header(path)
         if header.related == "secondary_capture":
             opened = open_header(path)
-            facts = header_module._pixels(Tags(opened.dataset), opened)
+            facts = header_module.pixel_format(Tags(opened.dataset), opened)
             return DicomHeader(str(path), transfer_syntax=opened.transfer_syntax, **facts)  # type: ignore[arg-type]
     except InputRefused:
         return None
