@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -27,8 +27,9 @@ from medssl.files import atomic_path, write_text
 from medssl.protocol.division import Case, Division
 from medssl.protocol.outcomes import Answers
 from medssl.protocol.recipe import STRONG, DatasetSettings, PretrainingSettings
-from medssl.protocol.tasks import Job, Result, digest
+from medssl.protocol.tasks import Job, Result, digest, paired_method
 from medssl.protocol.tempering import tempered_anew
+from medssl.semisupervised.classification import semisupervise_classification
 from medssl.training.checkpoint import find_checkpoint, load_checkpoint
 from medssl.training.metrics import read_metrics
 from medssl.transfer.classification import finetune_classification
@@ -37,15 +38,21 @@ from medssl.transfer.images import ImageOptions, volume_store
 
 #: What `finetune_classification` takes beside `ClassificationSettings`.
 _OF_IMAGES = ("patch_size", "fit", "spacing", "normalisation", "modality", "grey")
+_NOT_OF_TRAINING = ("laterality", "augmentation", "trainer", "network")
 
 
 class ClassificationTraining(Settings):
     """What all arms share; see `medssl.transfer.classification.finetune_classification`.
 
     Args:
+        trainer: `single`, or `paired`: every arm, the controls too, trains by `medssl semisupervise`, on the labelled
+            images and, where its method looks at them, on the rest of the pool without labels.
+        network: Network of runs from scratch where no arm has a checkpoint.
         augmentation: `fine-tuning`, `strong` or `none`.
     """
 
+    trainer: Literal["single", "paired"] = "single"
+    network: str | None = None
     steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=16, ge=1)
     mode: str = "full"
@@ -137,29 +144,38 @@ class Classification:
         derived = self._derived(Division(job.pool, job.selection, job.validation, {}))
         dataset, labels = self._write(derived, job.cache)
         training = job.training.model_dump() | {
-            name: value for name, value in job.changes.items() if name != "transfer_decoder"
+            name: value for name, value in job.changes.items() if name not in ("transfer_decoder", "semisupervised")
         }
-        finetune_classification(
-            dataset,
-            job.checkpoint,
-            job.folder,
-            labels=labels,
+        paired = training["trainer"] == "paired"
+        if paired and training["augmentation"] == STRONG:
+            # Of the labelled images alone: the method has views of its own of the others.
+            training["augmentation"] = "fine-tuning"
+        shared: dict[str, Any] = {
+            "labels": labels,
             **self._kind,
-            labelled=job.labels,
-            ignore_unlabelled=True,
-            plans_from=job.plans_from,
-            cache=job.cache / "images",
-            device=job.device,
-            workers=job.workers,
-            resume=started,
-            quiet=True,
-            learning_rate=job.rate,
-            seed=job.seed,
-            select="last",
-            val_every=training["steps"],
+            "labelled": job.labels,
+            "ignore_unlabelled": True,
+            "plans_from": job.plans_from,
+            "network": training["network"] if job.checkpoint is None and job.plans_from is None else None,
+            "cache": job.cache / "images",
+            "device": job.device,
+            "workers": job.workers,
+            "resume": started,
+            "quiet": True,
+            "learning_rate": job.rate,
+            "seed": job.seed,
+            "select": "last",
+            "val_every": training["steps"],
             **{name: training[name] for name in _OF_IMAGES},
             **settings_of(training),
-        )
+        }
+        if paired:
+            method, own = paired_method(job)
+            semisupervise_classification(method, dataset, job.checkpoint, job.folder, settings=own, **shared)
+        elif "semisupervised" in job.changes:
+            raise UsageError(f"arms.{job.arm}.semisupervised needs training.trainer: paired.")
+        else:
+            finetune_classification(dataset, job.checkpoint, job.folder, **shared)
         return self._result(job, derived, read_targets(dataset, labels=labels, **self._kind, ignore_unlabelled=True))
 
     def _derived(self, division: Division) -> Targets:
@@ -222,7 +238,7 @@ class Classification:
 
 def settings_of(training: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `ClassificationSettings` takes of the settings of training."""
-    given = {name: value for name, value in training.items() if name not in (*_OF_IMAGES, "laterality", "augmentation")}
+    given = {name: value for name, value in training.items() if name not in (*_OF_IMAGES, *_NOT_OF_TRAINING)}
     augmentation = {"laterality": training["laterality"]}
     if training["augmentation"] == STRONG:
         augmentation["policy"] = str(resources.files("medssl.augmentation") / "policies" / "strong.yaml")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from medssl import registry_semisupervised as registry
 from medssl.config import Settings, apply_overrides, check_settings, merged, read_yaml
 from medssl.errors import UsageError, unknown_name
 
@@ -256,6 +257,8 @@ def _check_arms(recipe: Recipe, where: str) -> None:
     for name, arm in recipe.arms.items():
         if name in CONTROLS:
             raise UsageError(f"{where}: '{name}' is the name of a control, which the protocol adds itself. Rename it.")
+        if arm.semisupervised is not None:
+            registry.semisupervised(arm.semisupervised.method)
         if arm.same is not None:
             other = recipe.arms.get(arm.same)
             if other is None or other.same is not None or not other.is_pretrained:

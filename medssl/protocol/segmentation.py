@@ -19,8 +19,8 @@ from medssl.files import write_json
 from medssl.preprocessing.run import preprocess
 from medssl.protocol.division import Case, Division, draw
 from medssl.protocol.outcomes import CaseValues
-from medssl.protocol.recipe import STRONG, DatasetSettings, PretrainingSettings
-from medssl.protocol.tasks import Job, Result, digest
+from medssl.protocol.recipe import DatasetSettings, PretrainingSettings
+from medssl.protocol.tasks import Job, Result, digest, paired_method
 from medssl.semisupervised.segmentation import semisupervise_segmentation
 from medssl.training.checkpoint import load_checkpoint
 from medssl.transfer.raw import RawDataset, read_dataset
@@ -174,15 +174,12 @@ def _fine_tune(dataset: Path, job: Job, training: SegmentationTraining, shared: 
 
 def _train_paired(dataset: Path, job: Job, training: SegmentationTraining, shared: Mapping[str, Any]) -> None:
     """Train by `medssl semisupervise`; the rest of the pool is what is not labelled."""
-    wanted = job.changes.get("semisupervised", {"method": "supervised", "settings": {}})
-    settings = dict(wanted["settings"])
-    if job.changes.get("augmentation") == STRONG:
-        settings["labelled_policy"] = STRONG
+    method, settings = paired_method(job)
     if training.optimiser != "auto":
         settings = merged({"optimiser": {"name": training.optimiser}}, settings)
     used = {*job.train_cases, *job.selection, *job.validation}
     semisupervise_segmentation(
-        wanted["method"], dataset, job.checkpoint, job.folder, settings=settings, steps=training.steps,
+        method, dataset, job.checkpoint, job.folder, settings=settings, steps=training.steps,
         unlabelled_cases=[name for name in job.pool if name not in used], batch_size=training.batch_size,
         patch_size=training.patch_size, spacing=training.spacing, laterality=training.laterality,
         transfer_decoder=job.changes.get("transfer_decoder"), **shared,

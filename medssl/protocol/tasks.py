@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from medssl.config import Settings
 from medssl.protocol.division import Case, Division
 from medssl.protocol.outcomes import Outcome
-from medssl.protocol.recipe import DatasetSettings, PretrainingSettings
+from medssl.protocol.recipe import STRONG, DatasetSettings, PretrainingSettings
 
 
 @dataclass(frozen=True)
@@ -136,3 +136,12 @@ class Task(Protocol):
 def digest(content: Any) -> str:
     """Return a short hash of plain data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def paired_method(job: Job) -> tuple[str, dict[str, Any]]:
+    """Return the semi-supervised method of a job with its settings; the controls' is `supervised`."""
+    wanted = job.changes.get("semisupervised", {"method": "supervised", "settings": {}})
+    settings = dict(wanted["settings"])
+    if job.changes.get("augmentation") == STRONG:
+        settings["labelled_policy"] = STRONG
+    return str(wanted["method"]), settings

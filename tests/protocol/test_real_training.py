@@ -94,6 +94,37 @@ def test_classification_by_the_same_command(tmp_path: Path) -> None:
     assert strong["augmentation"]["policy"].endswith("strong.yaml")
 
 
+@pytest.mark.slow
+def test_semi_supervised_arms_and_their_controls_train_in_one_loop(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    arm = {"checkpoint": "none", "semisupervised": {"method": "mean-teacher", "settings": {"noise": 0.2}}}
+    values = {
+        "datasets": {
+            "balls": {"task": "segmentation", "path": str(make_dataset(cases=7)), "validation": 2, "selection": 0,
+                      "training": {"patch_size": [16, 16, 16]}},
+            "spots": {"task": "classification", "path": str(images(tmp_path)), "validation": "given",
+                      "selection": 10, "training": {"patch_size": [16, 16], "modality": "MR"}},
+        },
+        "arms": {"teacher": arm}, "labels": [2], "seeds": [0], "rates": [0.003],
+        "training": {"steps": 2, "batch_size": 2, "trainer": "paired", "network": "resenc-xs"},
+    }  # fmt: skip
+    results = protocol(written(tmp_path / "recipes", values, [16, 16, 16]), tmp_path / "out", **CPU)
+    assert len(results.rows) == 6 and not results.missing
+    for dataset in ("balls", "spots"):
+        found = {}
+        for folder in (tmp_path / "out" / "runs" / dataset).iterdir():
+            found[folder.name.split("_")[0]] = yaml.safe_load((folder / "recipe.yaml").read_text())["semisupervised"]
+        assert {name: each["method"] for name, each in found.items()} == {
+            "teacher": "mean-teacher", "scratch": "supervised", "strong": "supervised",
+        }  # fmt: skip
+        assert found["teacher"]["noise"] == 0.2
+        policies = [found[name]["labelled_policy"] for name in ("teacher", "scratch", "strong")]
+        assert policies == ["fine-tuning", "fine-tuning", "strong"]
+    balls = [row for row in results.rows if row.dataset == "balls"]
+    assert all({"dice", "dice_largest_part", "assd_mm"} <= set(row.values) for row in balls)
+    links = (tmp_path / "out" / "runs" / "balls").glob("teacher_*/streams/unlabelled/*/u*.b2nd")
+    assert len(list(links)) == 3, "the rest of the pool"
+
+
 @pytest.mark.parametrize("source", ["npz", "csv"])
 def test_the_run_learns_from_the_cases_that_the_protocol_drew(tmp_path: Path, source: str) -> None:
     path = images(tmp_path)

@@ -33,6 +33,10 @@ def with_dataset(**changes: Any) -> dict[str, Any]:
         (recipe_values(arms={"a": {}}), "one of checkpoint, pretrain and same, this one has 0"),
         (recipe_values(arms={"a": {"checkpoint": "none", "same": "b"}}), "this one has 2"),
         (recipe_values(arms={"a": {"checkpoint": "none"}}), "no arm has a checkpoint"),
+        (
+            recipe_values(arms={"a": {"checkpoint": "none", "semisupervised": "mean-techer"}}),
+            "Did you mean mean-teacher",
+        ),
         (recipe_values(arms={"scratch": {"pretrain": "mae.yaml"}}), "name of a control"),
         (recipe_values(arms={"a/b": {"pretrain": "mae.yaml"}}), "'a/b' names folders"),
         (recipe_values(arms={"a": {"pretrain": "mae.yaml"}, "b": {"same": "aa"}}), "Did you mean a"),
