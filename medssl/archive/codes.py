@@ -6,7 +6,7 @@ table is printed from here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Group = Literal["refused", "related", "flag", "geometry"]
@@ -20,7 +20,7 @@ class Code:
         group: `refused`, `related`, `flag` (of an accepted volume) or `geometry` (how its grid became regular).
         code: The name, in lower case.
         meaning: What was found.
-        remedy: What a person should do, if anything.
+        remedy: What a person should do.
     """
 
     group: Group
@@ -222,8 +222,10 @@ _LABELS: tuple[Code, ...] = (
 )
 # fmt: on
 
+NOTHING_TO_DO = "Nothing: it is told for information."
+
 CODES: dict[str, Code] = {
-    entry.code: entry
+    entry.code: entry if entry.remedy else replace(entry, remedy=NOTHING_TO_DO)
     for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING, *_PREDICTION, *_LABELS)
 }
 
@@ -236,4 +238,6 @@ def codes_of(group: Group) -> list[Code]:
 def explain(code: str) -> str:
     """Return meaning and remedy of a code in one line, or the code itself if it is not in the list."""
     entry = CODES.get(code)
-    return code if entry is None else f"{entry.meaning} {entry.remedy}".strip()
+    if entry is None:
+        return code
+    return entry.meaning if entry.remedy == NOTHING_TO_DO else f"{entry.meaning} {entry.remedy}"

@@ -244,12 +244,20 @@ def read_table(path: Path) -> dict[str, Any]:
     """Return the content of `store.json` in half the memory: equal values become one object, hashes go.
 
     A reader process of a store of 100,000 volumes would otherwise hold 100 MB of it.
+
+    Raises:
+        DataError: If the file is damaged, or an id would name files outside the store.
     """
     shared: dict[Any, Any] = {}
 
     def shrunk(row: dict[str, Any]) -> dict[str, Any]:
         if "id" not in row:
             return row
+        if not isinstance(row["id"], str) or Path(row["id"]).name != row["id"] or row["id"] in ("", ".."):
+            raise DataError(
+                f"{path} lists a volume whose id is no plain file name: it would be read outside the store. "
+                "Get a fresh copy of the store from whom you trust, or preprocess again."
+            )
         for column in _HASHES:
             row.pop(column, None)
         for column in _SHARED:

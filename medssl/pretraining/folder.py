@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,17 @@ def refuse_changes(out: Path, before: dict[str, Any], recipe: PretrainingSetting
 
 
 @contextmanager
-def claim(out: Path, fabric: Fabric, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def claim(
+    out: Path, fabric: Fabric, *, resume: bool, overwrite: bool, owned: Callable[[Path], bool] | None = None
+) -> Iterator[None]:
     """Prepare a RUN and hold it alone; the first process does, the others learn whether it could.
+
+    Args:
+        out: The RUN.
+        fabric: The processes.
+        resume: Go on with what is there.
+        overwrite: Replace what is there.
+        owned: Tells whether a folder may be replaced; by default whether it is a pretraining.
 
     Raises:
         UsageError: If it is not empty and neither option is given, belongs to another command, or is being written.
@@ -80,7 +89,7 @@ def claim(out: Path, fabric: Fabric, *, resume: bool, overwrite: bool) -> Iterat
 
     def take() -> None:
         nonlocal held
-        prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=_may_be_removed)
+        prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=owned or _may_be_removed)
         lock.__enter__()
         held = True
 

@@ -113,8 +113,10 @@ class RaisingDecoder(nn.Module):
 
     def __init__(self, decoder: nn.Module, mode: str) -> None:
         super().__init__()
+        blocks, outputs = decoder.stages, decoder.seg_layers
+        assert isinstance(blocks, nn.ModuleList) and isinstance(outputs, nn.ModuleList)
         self.narrow = nn.ModuleList(_narrowed(layer) for layer in decoder.transpconvs)  # type: ignore[union-attr]
-        self.stages, self.output = decoder.stages, decoder.seg_layers[-1]  # type: ignore[union-attr, index]
+        self.stages, self.output = blocks, outputs[-1]
         self.mode = mode
 
     def forward(self, stages: list[Tensor]) -> Tensor:
@@ -130,7 +132,8 @@ class RaisingDecoder(nn.Module):
         for narrow, block, finer in zip(self.narrow, self.stages, stages[-2::-1], strict=True):
             raised = self._raised(narrow(features), finer.shape[2:])
             features = block(torch.cat([raised, finer], dim=1))
-        return self.output(features)  # type: ignore[operator]
+        logits: Tensor = self.output(features)
+        return logits
 
     def _raised(self, features: Tensor, size: Sequence[int]) -> Tensor:
         if self.mode == "nearest":

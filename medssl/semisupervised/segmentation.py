@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,19 +18,20 @@ from medssl import registry_semisupervised as registry
 from medssl.augmentation.policy import policy_for
 from medssl.config import apply_overrides, merged, read_yaml
 from medssl.errors import DataError, UsageError
-from medssl.files import prepare_output_folder, write_json
+from medssl.files import write_json
 from medssl.networks.architecture import Architecture
 from medssl.networks.build import build_from_architecture, freeze_unused_outputs
+from medssl.pretraining.folder import claim
 from medssl.pretraining.run import reader_processes
 from medssl.semisupervised.export import FINAL, Export, publish
 from medssl.semisupervised.method import SemiSupervised
 from medssl.semisupervised.recipe import SemiTrainingSettings, exported, settle
-from medssl.semisupervised.streams import Streams, make_loader, make_streams
+from medssl.semisupervised.streams import Streams, link_streams, make_loader, open_streams
 from medssl.semisupervised.task import SegmentationTask
 from medssl.training.checkpoint import FOLDER, load_checkpoint, newest_intact
-from medssl.training.devices import Machine, find_machine, launch, own_random_state
-from medssl.training.lock import run_lock
+from medssl.training.devices import Machine, find_machine, launch, on_main, own_random_state
 from medssl.training.loop import Job, train
+from medssl.training.settings import FREE_ON_RESUME
 from medssl.transfer import runfiles
 from medssl.transfer.augmenting import modality_of
 from medssl.transfer.laterality import paired_labels
@@ -145,19 +147,21 @@ def semisupervise_segmentation(
     wanted = runfiles.recipe(
         raw, checkpoint, plain, source, network=network, plans_from=plans_from, patch_size=patch_size, spacing=spacing,
         cache=cache, unlabelled=unlabelled, unlabelled_cases=unlabelled_cases, transfer_decoder=transfer_decoder,
-    ) | {"command": "medssl semisupervise", "semisupervised": exported(resolved)}  # fmt: skip
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=runfiles.is_ours)
-    with run_lock(out):
-        runfiles.check_resumed(out, _without_free(wanted))
+    ) | {"command": "medssl semisupervise", "semisupervised": _without_free(exported(resolved))}  # fmt: skip
+    fabric = launch(machine, resolved.precision, device)
+    preprocessed = (cache or out / "preprocessed") / raw.name
+    kind: type[SemiSupervised] = registry.semisupervised(resolved.method).load()
+
+    def prepare() -> str:
+        """Make plans and links in the first process; return the plans' configuration."""
+        runfiles.check_resumed(out, wanted)
         runfiles.write_claim(out, plain, resolved.method)
-        preprocessed = (cache or out / "preprocessed") / raw.name
-        kind: type[SemiSupervised] = registry.semisupervised(resolved.method).load()
         try:
             plans = settle_plans(
                 raw, selection, source, out, preprocessed, network, patch_size, batch_size, spacing, workers, quiet
             )
             configuration = next(iter(plans["configurations"]))
-            streams = make_streams(
+            link_streams(
                 raw, selection, plans, configuration, preprocessed, out / "streams", unlabelled, unlabelled_cases,
                 wanted=kind.uses_unlabelled, workers=workers, quiet=quiet,
             )  # fmt: skip
@@ -166,18 +170,24 @@ def semisupervise_segmentation(
                 shutil.rmtree(out)
             raise
         runfiles.write_start(
-            out, _without_free(wanted), raw, selection, plans, configuration, preprocessed, plain,
-            shared=cache is not None, method=resolved.method,
+            out, wanted, raw, selection, plans, configuration, preprocessed, plain, shared=cache is not None,
+            method=resolved.method,
         )  # fmt: skip
-        run = _Run(out, raw, resolved, plans, configuration, streams, source if checkpoint is not None else None,
-                   transfer_decoder, classes)  # fmt: skip
-        run.go(machine, device, resume=resume, quiet=quiet)
-        data = preprocessed / plans["configurations"][configuration]["data_identifier"]
-        weights = load_checkpoint(out / FINAL, numpy_scalars=True)["network_weights"]
-        predict_with(
-            weights, out, plans, configuration, raw, plain, data, resolve_device(device), quiet=quiet
-        )  # fmt: skip
-        runfiles.write_end(out, plain, resolved.method)
+        return configuration
+
+    with claim(out, fabric, resume=resume, overwrite=overwrite, owned=runfiles.is_ours):
+        configuration = on_main(fabric, prepare)
+        plans = json.loads((out / "plans.json").read_text())
+        identifier = plans["configurations"][configuration]["data_identifier"]
+        streams = open_streams(out / "streams", identifier, unlabelled, wanted=kind.uses_unlabelled)
+        origin = source if checkpoint is not None else None
+        run = _Run(out, raw, resolved, plans, configuration, streams, origin, transfer_decoder, classes)
+        run.go(fabric, machine, resume=resume, quiet=quiet)
+        if fabric.is_global_zero:
+            weights = load_checkpoint(out / FINAL, numpy_scalars=True)["network_weights"]
+            data, target = preprocessed / identifier, resolve_device(device)
+            predict_with(weights, out, plans, configuration, raw, plain, data, target, quiet=quiet)
+            runfiles.write_end(out, plain, resolved.method)
     return out
 
 
@@ -193,17 +203,16 @@ class _Run:
     transfer_decoder: bool | None
     classes: int
 
-    def go(self, machine: Machine, device: str, *, resume: bool, quiet: bool) -> None:
+    def go(self, fabric: Fabric, machine: Machine, *, resume: bool, quiet: bool) -> None:
         """Train what is left to train."""
         out, settings = self.out, self.settings
-        fabric = launch(machine, settings.precision, device)
         state, last = None, None
-        if resume and any((out / FOLDER).glob("step_*.pth")):
-            last = newest_intact(out / FOLDER)
+        if resume and on_main(fabric, lambda: any((out / FOLDER).glob("step_*.pth"))):
+            last = on_main(fabric, lambda: newest_intact(out / FOLDER))
             state = load_checkpoint(last, numpy_scalars=True)["medssl"].get("training")
         if last is None or state is not None:
-            for mask in (out / "validation").glob(f"*{self.raw.file_ending}"):
-                mask.unlink()
+            # Masks of an earlier state of the model would be taken for the final ones.
+            on_main(fabric, lambda: _remove(out / "validation", self.raw.file_ending))
             with own_random_state(settings.seed + fabric.global_rank, machine.cuda):
                 last = self._train(fabric, state, quiet)
         if fabric.is_global_zero:
@@ -226,7 +235,7 @@ class _Run:
                 if loader is not None:
                     stack.enter_context(loader)
             networks, report = self._networks(kind, labelled.channels)
-            self._write_transfer(report)
+            on_main(fabric, lambda: self._write_transfer(report))
             task = SegmentationTask(self.classes, self.raw.content["labels"].get("ignore"))
             method = kind(networks, task, policy, own)  # type: ignore[arg-type]
             export = Export(settings, self.plans, self.configuration, self.raw.content, method, self.streams.labelled)
@@ -289,8 +298,11 @@ def _nnunet_settings(settings: SemiTrainingSettings, selection: Selection, check
     )  # fmt: skip
 
 
-def _without_free(wanted: dict[str, Any]) -> dict[str, Any]:
+def _without_free(values: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe without what may differ between a run and its continuation."""
-    free = {"workers", "save_minutes", "save_every", "keep", "pictures_every"}
-    own = {name: value for name, value in wanted["semisupervised"].items() if name not in free}
-    return {**wanted, "semisupervised": own}
+    return {name: value for name, value in values.items() if name not in FREE_ON_RESUME}
+
+
+def _remove(folder: Path, ending: str) -> None:
+    for mask in folder.glob(f"*{ending}"):
+        mask.unlink()

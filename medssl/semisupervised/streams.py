@@ -28,6 +28,7 @@ from medssl.transfer.selection import Selection
 logger = logging.getLogger(__name__)
 
 _LABEL_ENDING = "_seg.b2nd"
+LABELLED, UNLABELLED = "labelled", "unlabelled"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Streams:
     unlabelled: Store | None
 
 
-def make_streams(
+def link_streams(
     raw: RawDataset,
     selection: Selection,
     plans: dict[str, Any],
@@ -56,8 +57,8 @@ def make_streams(
     wanted: bool,
     workers: int | None,
     quiet: bool,
-) -> Streams:
-    """Preprocess what is not there yet and link each part into a folder of its own.
+) -> None:
+    """Preprocess what is not there yet and link each part into a folder of its own, for `open_streams`.
 
     Args:
         raw: The labelled data set.
@@ -74,20 +75,36 @@ def make_streams(
     """
     everything = sorted({*selection.train, *selection.validation})
     data = preprocess_cases(raw, plans, configuration, everything, preprocessed, workers=workers, quiet=quiet)
-    labelled = _linked(data, selection.train, folder / "labelled", plans, raw, labels=True)
-    _warn_of_absent_classes(labelled, raw)
+    _link(data, selection.train, folder / LABELLED, plans, raw, labels=True)
+    _warn_of_absent_classes(NnunetStore.of_folder(folder / LABELLED / data.name), raw)
+    if not wanted:
+        return
+    if unlabelled is not None and is_store(unlabelled):
+        check_store(Store.open(unlabelled), raw, plans["configurations"][configuration]["spacing"])
+        return
+    cases = unlabelled_cases(raw, selection, unlabelled, unlabelled_names)
+    images = preprocess_cases(
+        dataset_of(cases, raw), plans, configuration, list(cases), preprocessed / UNLABELLED, with_labels=False,
+        workers=workers, quiet=quiet,
+    )  # fmt: skip
+    _link(images, list(cases), folder / UNLABELLED, plans, raw, labels=False)
+
+
+def open_streams(folder: Path, identifier: str, unlabelled: Path | None, *, wanted: bool) -> Streams:
+    """Return the stores that `link_streams` has made; every process opens its own.
+
+    Args:
+        folder: Folder of the links.
+        identifier: `data_identifier` of the plans' configuration.
+        unlabelled: As for `link_streams`.
+        wanted: Whether the method looks at unlabelled images.
+    """
+    labelled = NnunetStore.of_folder(folder / LABELLED / identifier)
     if not wanted:
         return Streams(labelled, None)
     if unlabelled is not None and is_store(unlabelled):
-        store = Store.open(unlabelled)
-        check_store(store, raw, plans["configurations"][configuration]["spacing"])
-        return Streams(labelled, store)
-    cases = unlabelled_cases(raw, selection, unlabelled, unlabelled_names)
-    images = preprocess_cases(
-        dataset_of(cases, raw), plans, configuration, list(cases), preprocessed / "unlabelled", with_labels=False,
-        workers=workers, quiet=quiet,
-    )  # fmt: skip
-    return Streams(labelled, _linked(images, list(cases), folder / "unlabelled", plans, raw, labels=False))
+        return Streams(labelled, Store.open(unlabelled))
+    return Streams(labelled, NnunetStore.of_folder(folder / UNLABELLED / identifier))
 
 
 def make_loader(
@@ -131,10 +148,10 @@ def make_loader(
     return labelled, unlabelled, PairedLoader(labelled, unlabelled)
 
 
-def _linked(
+def _link(
     data: Path, names: Sequence[str], folder: Path, plans: dict[str, Any], raw: RawDataset, *, labels: bool
-) -> NnunetStore:
-    """Return a store of links to some preprocessed cases; without labels there is no link to one."""
+) -> None:
+    """Make a folder of links to some preprocessed cases; without labels there is no link to one."""
     target = folder / data.name
     target.mkdir(parents=True, exist_ok=True)
     write_json(folder / "plans.json", plans)
@@ -149,7 +166,6 @@ def _linked(
         if not link.is_symlink() or str(link.readlink()) != source:
             link.unlink(missing_ok=True)
             link.symlink_to(source)
-    return NnunetStore.of_folder(target)
 
 
 def _warn_of_absent_classes(store: Store, raw: RawDataset) -> None:

@@ -25,6 +25,7 @@ from medssl.training.layout import (
     lay_out_views,
     lay_out_weights,
 )
+from medssl.training.look_ahead import Snapshot
 from medssl.training.method import Method, Step
 from medssl.training.optimisers import build_optimiser
 from medssl.training.schedules import rate_factor
@@ -122,6 +123,25 @@ class Engine:
         for group, rate in zip(self._wrapped.param_groups, rates, strict=True):
             group["lr"] = rate
         self.rate = rates[0]
+        if self.method.look_ahead:
+            parts = list(parts)
+            self._look_ahead(now, parts)
+        figures = self._descend(now, parts)
+        self.method.after_step(now)
+        if self.ema is not None:
+            self.ema.update(self.method.network)
+        return figures
+
+    def _look_ahead(self, now: Step, parts: Sequence[Views]) -> None:
+        """Take steps on the parts for what the method learns of them, and go back."""
+        before = Snapshot(self.optimiser, self.method.student_buffers())
+        for _ in range(self.method.look_ahead):
+            self._descend(now, parts)
+            self.method.after_step(now)
+        before.restore()
+
+    def _descend(self, now: Step, parts: Iterable[Views]) -> dict[str, Tensor]:
+        """Move the weights once; return the figures of `step`."""
         figures: dict[str, Tensor] = {}
         count = self.settings.accumulate
         for part, views in enumerate(parts):
@@ -135,9 +155,6 @@ class Engine:
             figures["gradient_norm"] = self._clip(self.settings.clip_gradient)
         self._wrapped.step()
         self._wrapped.zero_grad(set_to_none=True)
-        self.method.after_step(now)
-        if self.ema is not None:
-            self.ema.update(self.method.network)
         return figures
 
     def _rates(self, step: int) -> Sequence[float]:

@@ -67,12 +67,15 @@ class Method(nn.Module):
         network: The whole U-Net with nnU-Net's weight names; its state dict is what a checkpoint exports.
         encoder: Access to the features of `network`'s encoder.
         trains_decoder: Whether the decoder is worth transferring too.
+        look_ahead: Virtual steps on a step's batch before it: weights and the optimiser's state are put back after
+            them, and what `after_step` has learnt of them stays.
     """
 
     needs: ClassVar[Needs]
     network: nn.Module
     encoder: Encoder
     trains_decoder: ClassVar[bool] = False
+    look_ahead: int = 0
 
     @classmethod
     def output_channels(cls, in_channels: int, settings: Settings) -> int:
@@ -123,6 +126,10 @@ class Method(nn.Module):
 
     def after_step(self, step: Step) -> None:
         """Update teachers, queues and prototypes after the optimiser's step."""
+
+    def student_buffers(self) -> list[Tensor]:
+        """Return the buffers that are put back with the weights after virtual steps; a teacher's are not among them."""
+        return []
 
     def health(self, views: Views) -> dict[str, float]:
         """Return figures that tell a healthy run from a collapsed one. Called now and then, without gradients.

@@ -107,6 +107,8 @@ def predict_with(
     with _kept_random_state(), nnunet_environment(), _selected(device):
         unpretrained = settings.model_copy(update={"checkpoint": None})
         trainer = _make_trainer(out, plans, configuration, raw, unpretrained, preprocessed, device)
+        # One process predicts, however many have trained.
+        trainer.is_ddp = False
         trainer.initialize()
         trainer.network.load_state_dict(weights)
         from medssl.transfer.validation import predict_validation

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,3 +212,18 @@ def test_methods_and_settings_that_do_not_fit_are_refused(make_dataset: MakeData
     with pytest.raises(UsageError, match="regions"):
         train("mean-teacher", dataset, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    dataset, cache = make_dataset(cases=6), tmp_path / "cache"
+    line = [
+        "-m", "medssl", "semisupervise", "--dataset", str(dataset), "--method", "mean-teacher", "--labelled", "2",
+        "--network", "resenc-xs", "--patch-size", "16,16,16", "--steps", "4", "--batch-size", "2", "--device", "cpu",
+        "--workers", "0", "--quiet", "--cache", str(cache), "--set", "pictures_every=0",
+    ]  # fmt: skip
+    subprocess.run([sys.executable, *line, "--out", str(tmp_path / "one")], check=True, timeout=300)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
+    subprocess.run([sys.executable, *launcher, *line, "--out", str(tmp_path / "two")], check=True, timeout=300)
+    for name, value in weights(tmp_path / "one").items():
+        assert torch.allclose(value, weights(tmp_path / "two")[name], atol=2e-4), name

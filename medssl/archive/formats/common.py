@@ -107,6 +107,21 @@ def open_stream(path: Path) -> IO[bytes]:
     return cast(IO[bytes], gzip.open(path, "rb") if is_gzip(path) else path.open("rb"))
 
 
+def read_head(path: Path, size: int) -> bytes:
+    """Return the first bytes of a file that may be gzip, fewer if there are not so many.
+
+    Raises:
+        InputRefused: If the gzip stream ends within them or is damaged.
+    """
+    try:
+        with open_stream(path) as stream:
+            return stream.read(size)
+    except EOFError as error:
+        raise InputRefused("truncated", "the gzip stream ends in the header") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise InputRefused("decode_failed", "the gzip stream is damaged") from error
+
+
 def read_voxels(path: Path, offset: int, dtype: DTypeLike, shape: Sequence[int]) -> NDArray[Any]:
     """Read raw voxels from a file that may be gzip, in the machine's byte order.
 

@@ -16,7 +16,7 @@ from medssl.archive.formats.common import (
     check_stored,
     finish,
     is_gzip,
-    open_stream,
+    read_head,
     read_voxels,
 )
 from medssl.archive.volume import Volume
@@ -56,11 +56,7 @@ def load(path: Path, geometry: Geometry = "strict") -> Volume:
 
 
 def _read_header(path: Path) -> tuple[Layout, str, NDArray[np.float64], bool]:
-    with open_stream(path) as stream:
-        try:
-            raw = stream.read(_OFFSET)
-        except EOFError as error:
-            raise InputRefused("truncated", "the gzip stream ends in the header") from error
+    raw = read_head(path, _OFFSET)
     if len(raw) < _OFFSET:
         raise InputRefused("truncated", "the MGH header ends early")
     version, x, y, z, frames, kind, _, good_ras = struct.unpack_from(">7ih", raw)

@@ -22,7 +22,7 @@ from medssl.archive.formats.common import (
     describe_affine,
     finish,
     is_gzip,
-    open_stream,
+    read_head,
     read_voxels,
 )
 from medssl.archive.volume import Volume, spacing_of
@@ -93,11 +93,7 @@ def load(path: Path, geometry: Geometry = "strict") -> Volume:
 def _read_header(path: Path) -> _Header:
     import nibabel
 
-    with open_stream(path) as stream:
-        try:
-            raw = stream.read(540)
-        except EOFError as error:
-            raise InputRefused("truncated", "the gzip stream ends in the header") from error
+    raw = read_head(path, 540)
     two = raw[4:7] in (b"n+2", b"ni2")
     kind = nibabel.Nifti2Header if two else nibabel.Nifti1Header
     size = 540 if two else 348
