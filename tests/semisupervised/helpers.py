@@ -67,7 +67,9 @@ def build(
     size = SIZES[dimensions]
     policy = policy_for("weak", {"MR"}, size, AugmentationSettings(overrides=overrides or {}))
     chosen = SegmentationTask(classes, IGNORED) if task == "segmentation" else ClassificationTask(classes)
-    return kind(networks, chosen, policy, settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(networks, chosen, policy, settings)
 
 
 def paired(

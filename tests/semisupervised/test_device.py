@@ -8,14 +8,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from medssl.semisupervised.copy_paste import CopyPaste, CopyPasteSettings
+from medssl.semisupervised.cross_pseudo import CrossPseudo, CrossPseudoSettings
 from medssl.semisupervised.entropy_minimisation import EntropyMinimisation, EntropyMinimisationSettings
 from medssl.semisupervised.fixmatch import FixMatch, FixMatchSettings
 from medssl.semisupervised.interpolation import Interpolation, InterpolationSettings
 from medssl.semisupervised.mean_teacher import MeanTeacher, MeanTeacherSettings
 from medssl.semisupervised.method import SemiSupervised, SemiSupervisedSettings
 from medssl.semisupervised.mixmatch import MixMatch, MixMatchSettings
+from medssl.semisupervised.mutual_decoders import MutualDecoders, MutualDecodersSettings
 from medssl.semisupervised.pseudo_labels import PseudoLabels, PseudoLabelsSettings
+from medssl.semisupervised.self_training import SelfTraining, SelfTrainingSettings
 from medssl.semisupervised.semixup import Semixup, SemixupSettings
+from medssl.semisupervised.tracoco import TraCoCo, TraCoCoSettings
 from medssl.semisupervised.uncertainty_teacher import UncertaintyTeacher, UncertaintyTeacherSettings
 from medssl.semisupervised.unimatch import UniMatch, UniMatchSettings
 from tests.semisupervised.helpers import LATE, build, paired, total, views_of
@@ -26,13 +31,18 @@ WAITS = (
     torch.ops.aten.masked_select.default,
 )
 METHODS: list[tuple[type[SemiSupervised], SemiSupervisedSettings]] = [
+    (CopyPaste, CopyPasteSettings()),
+    (CrossPseudo, CrossPseudoSettings()),
     (EntropyMinimisation, EntropyMinimisationSettings()),
     (FixMatch, FixMatchSettings()),
     (Interpolation, InterpolationSettings()),
     (MeanTeacher, MeanTeacherSettings()),
     (MixMatch, MixMatchSettings()),
+    (MutualDecoders, MutualDecodersSettings()),
     (PseudoLabels, PseudoLabelsSettings()),
+    (SelfTraining, SelfTrainingSettings()),
     (Semixup, SemixupSettings()),
+    (TraCoCo, TraCoCoSettings()),
     (UncertaintyTeacher, UncertaintyTeacherSettings(passes=2)),
     (UniMatch, UniMatchSettings()),
 ]

@@ -6,13 +6,11 @@ import os
 import resource
 import struct
 import time
-import zlib
 from pathlib import Path
 
 import pytest
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence as Items
-from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from medssl.archive.codes import CODES
 from medssl.archive.dicom.group import group
@@ -22,6 +20,7 @@ from medssl.archive.dicom.pixels import load
 from medssl.errors import InputRefused
 from tests.archive.dicom import series as s
 from tests.archive.dicom.test_defects import codes, only_volume, outcome
+from tests.hostile.files import deflate_bomb
 
 
 def element(tag: int, vr: bytes, value: bytes) -> bytes:
@@ -109,43 +108,12 @@ def test_a_forged_length_of_an_element_allocates_nothing(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("where", ["header", "pixels"])
 def test_a_deflate_bomb_is_stopped(tmp_path: Path, where: str) -> None:
-    dataset = s.stack(1)[0]
-    dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
-    path = s.write(tmp_path, [dataset])[0]
-    content = path.read_bytes()
-    start = 132 + 12 + struct.unpack_from("<I", content, 140)[0]
-    inner = zlib.decompressobj(-15).decompress(content[start:])
-    place = inner.index(b"\x20\x00\x0d\x00") if where == "header" else inner.index(b"\xe0\x7f\x10\x00")
-    size = 400 * 2**20
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
-    head = inner[:place]
-    if where == "header":
-        head += struct.pack("<HH2sHI", 0x0019, 0x1099, b"UN", 0, size)
-    else:
-        head += struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, size)
-    packed = packer.compress(head)
-    for _ in range(400):
-        packed += packer.compress(b"\0" * 2**20)
-    path.write_bytes(content[:start] + packed + packer.flush())
+    path = deflate_bomb(tmp_path, 400, in_header=where == "header")
     before, start_time = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     code = end_of(path)
     assert code == ("deflated_too_large" if where == "header" else "too_few_slices")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000
     assert time.monotonic() - start_time < 20
-
-
-def test_deeply_nested_sequences_are_refused(tmp_path: Path) -> None:
-    nested = b""
-    for _ in range(2000):
-        item = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + nested + struct.pack("<HHI", 0xFFFE, 0xE00D, 0)
-        nested = (
-            struct.pack("<HH2sHI", 0x5200, 0x9230, b"SQ", 0, 0xFFFFFFFF) + item + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-        )
-    path = s.write(tmp_path, s.stack(1))[0]
-    content = path.read_bytes()
-    place = content.index(b"\xe0\x7f\x10\x00")
-    path.write_bytes(content[:place] + nested + content[place:])
-    assert end_of(path) in {"dicom_invalid", "multiframe_invalid"}
 
 
 def test_random_damage_never_escapes(tmp_path: Path) -> None:
