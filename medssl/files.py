@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from medssl.errors import MedsslError, UsageError
+
+#: What a command holds while it writes into a folder; see `medssl.lock`.
+LOCK_FILE = ".lock"
+#: Names of `atomic_path` while a file is being written.
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}-.+")
 
 
 @contextmanager
@@ -46,7 +52,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise MedsslError(
                 f"No space left on the disk of {path.parent} while writing {path.name}. Nothing half-written was kept; "
-                "free some space and run the same command with --resume."
+                "free some space and run the same command with --resume, or with --overwrite where it has no --resume."
             ) from error
         raise
     finally:
@@ -90,21 +96,36 @@ def prepare_output_folder(
         UsageError: If the folder is not empty and neither option is given, if both are, or if `overwrite` would
             remove a folder that this command did not write.
     """
+    check_output_folder(out, resume=resume, overwrite=overwrite, owned=owned)
+    out.mkdir(parents=True, exist_ok=True)
+    entries = [path for path in out.iterdir() if path.name != LOCK_FILE]
+    # A command that was killed before its first file was whole leaves nothing but temporary names.
+    unused = [path for path in entries if _LEFTOVER.fullmatch(path.name)]
+    for path in entries if overwrite else unused if len(unused) == len(entries) else []:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def check_output_folder(
+    out: Path, *, resume: bool | None, overwrite: bool, owned: Callable[[Path], bool] | None = None
+) -> None:
+    """Raise what `prepare_output_folder` would raise, and change nothing."""
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other: choose one.")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; --out needs a folder.")
-    if out.is_dir() and any(out.iterdir()):
-        if overwrite:
-            if owned is not None and not owned(out):
-                raise UsageError(
-                    f"{out} was not written by this command; --overwrite does not remove it. Choose another --out."
-                )
-            shutil.rmtree(out)
-        elif not resume:
-            go_on = "" if resume is None else "--resume to continue it, "
-            raise UsageError(f"{out} is not empty. Use {go_on}--overwrite to replace it, or another --out.")
-    out.mkdir(parents=True, exist_ok=True)
+    if not out.is_dir() or all(path.name == LOCK_FILE or _LEFTOVER.fullmatch(path.name) for path in out.iterdir()):
+        return
+    if overwrite:
+        if owned is not None and not owned(out):
+            raise UsageError(
+                f"{out} was not written by this command; --overwrite does not remove it. Choose another --out."
+            )
+    elif not resume:
+        go_on = "" if resume is None else "--resume to continue it, "
+        raise UsageError(f"{out} is not empty. Use {go_on}--overwrite to replace it, or another --out.")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -221,6 +221,24 @@ SegmentCodes: TypeAlias = Annotated[
 EmptyFrames: TypeAlias = Annotated[
     bool, _option("Write also the frames of a dicom-seg that have no content.", "--empty-frames")
 ]
+GatesMode: TypeAlias = Annotated[
+    Literal["report", "enforce", "off"],
+    typer.Option(
+        "--gates",
+        help="By the gates of `medssl calibrate`: report judges each case, enforce refuses strange ones, off neither.",
+    ),
+]
+NameMap: TypeAlias = Annotated[
+    Path | None,
+    _option("CSV to write, outside of --out: which mask was made of which input files. Paths may name patients."),
+]
+CalibratedRun: TypeAlias = Annotated[Path, _argument("A segmentation RUN.")]
+TrainedOn: TypeAlias = Annotated[
+    Path | None, _option("The RUN's nnU-Net raw data set; by default where it was trained on it.", "--dataset")
+]
+FlagRate: TypeAlias = Annotated[
+    float, typer.Option(help="Share of cases like the validation cases that each score may send to review.")
+]
 Predictions: TypeAlias = Annotated[Path, _option("Folder of masks, or a segmentation RUN.")]
 References: TypeAlias = Annotated[Path, _option("Folder of reference masks, or an nnU-Net raw data set.")]
 Probabilities: TypeAlias = Annotated[

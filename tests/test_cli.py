@@ -21,6 +21,7 @@ VERBS = (
     ["finetune", "segmentation"],
     ["finetune", "classification"],
     ["predict"],
+    ["calibrate"],
     ["evaluate", "segmentation"],
     ["evaluate", "classification"],
     ["evaluate", "probe"],

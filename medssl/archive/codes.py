@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Group = Literal["refused", "related", "flag", "geometry"]
+Group = Literal["refused", "related", "flag", "geometry", "gate"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Code:
     """One reason code.
 
     Attributes:
-        group: `refused`, `related`, `flag` (of an accepted volume) or `geometry` (how its grid became regular).
+        group: `refused`, `related`, `flag` (of an accepted volume), `geometry` (how its grid became regular) or `gate`
+            (why a model's gates ask for a look at a case, or refuse it).
         code: The name, in lower case.
         meaning: What was found.
         remedy: What a person should do.
@@ -202,7 +203,26 @@ _PREDICTION: tuple[Code, ...] = (
     Code("refused", "source_uids_missing", "The images lack identifiers (study, series, instance, frame of reference) by which a DICOM SEG names its source.", "Export the series again from the PACS with its identifiers, or use --format nifti."),
     Code("refused", "source_not_referable", "The grid of the volume is not that of one image per slice or of one multi-frame image (repaired geometry, mosaic, several multi-frame images, a picture).", "Use --format nifti, or send the series as classic single-frame or enhanced multi-frame images."),
     Code("refused", "seg_not_written", "No valid DICOM SEG can be written for this series: its headers break rules that a SEG must follow.", "Mend the headers, or use --format nifti."),
+    Code("refused", "outside_training", "The model's gates refuse the case, and --gates enforce was asked for; each reason stands in gates.json.", "Check that it is the right series and model. To see the mask all the same use --gates report."),
     Code("flag", "mask_empty", "No voxel was labelled: the mask is empty, and a DICOM SEG holds all its frames, each without content.", "Check that the volume shows what the model looks for."),
+)
+# Found when a case is compared with what the model was trained on; they stand in gates.json.
+_GATES: tuple[Code, ...] = (
+    Code("gate", "channel_count", "The case has another number of channels than the model takes.", "Give one file per channel: CASE_0000, CASE_0001, ..."),
+    Code("gate", "modality_unlike", "Another modality than the model was trained on, or a picture instead of a volume.", "Choose the series of the right modality."),
+    Code("gate", "orientation_unlike", "The model's reader keeps the axes of the file, and no training case had these.", "Reorient the volume; `medssl convert` does."),
+    Code("gate", "single_slice", "One slice, where the model was trained on volumes.", "Give the whole series."),
+    Code("gate", "spacing_unlike", "The voxel size is outside of that of the training cases.", "Check the header; choose the series of the usual resolution."),
+    Code("gate", "extent_unlike", "The volume shows less or more of the body than the training cases.", "Crop it as the training cases were cropped, or choose another series."),
+    Code("gate", "intensity_unlike", "The intensities lie elsewhere than those of the training cases.", "Check contrast, sequence and rescaling; look at the image."),
+    Code("gate", "intensity_constant", "Nearly all voxels have one value.", "Export the image again."),
+    Code("gate", "embedding_far", "The network's own features of the case lie far from those of its training cases.", "Look at the image and the mask: organ, artefacts, contrast."),
+    Code("gate", "members_disagree", "Mirrored predictions or folds disagree more than on validation cases.", "Look at the mask before it is used."),
+    Code("gate", "organ_uncertain", "The network is less sure of the voxels it labelled than on validation cases.", "Look at the mask before it is used."),
+    Code("gate", "organ_not_found", "A label that every training case has was not found.", "Look at the image: is the organ there?"),
+    Code("gate", "volume_unlike", "The volume of a label is outside of that of the training cases.", "Look at the mask: is it whole, is it the organ?"),
+    Code("gate", "parts_unlike", "A label falls into more parts than in any training case.", "Look at the mask for islands."),
+    Code("gate", "not_read", "The case was refused before the gates could look at it.", "See its code in predictions.json."),
 )
 # Found when segmentations and structure sets of an archive become labels; they stand in labels.json.
 _LABELS: tuple[Code, ...] = (
@@ -226,7 +246,18 @@ NOTHING_TO_DO = "Nothing: it is told for information."
 
 CODES: dict[str, Code] = {
     entry.code: entry if entry.remedy else replace(entry, remedy=NOTHING_TO_DO)
-    for entry in (*_FILES, *_CONTENT, *_RELATED, *_FLAGS, *_GEOMETRY, *_DICOM, *_PREPROCESSING, *_PREDICTION, *_LABELS)
+    for entry in (
+        *_FILES,
+        *_CONTENT,
+        *_RELATED,
+        *_FLAGS,
+        *_GEOMETRY,
+        *_DICOM,
+        *_PREPROCESSING,
+        *_PREDICTION,
+        *_GATES,
+        *_LABELS,
+    )
 }
 
 

@@ -157,11 +157,19 @@ def _prepare(out: Path, *, resume: bool, overwrite: bool) -> None:
     key = out / "private" / "key"
     # A new key would give each patient a new name and side of the split.
     kept = key.read_bytes() if overwrite and not resume and key.is_file() and is_index(out) else None
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=is_index)
+    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=_may_be_removed)
     if kept is not None:
         make_private(out)
         write_bytes(key, kept)
         key.chmod(0o600)
+
+
+def _may_be_removed(out: Path) -> bool:
+    if not is_index(out):
+        return False
+    # An index in use is refused here, before anything is removed.
+    with locked(out):
+        return True
 
 
 def _check_key(cache: Cache, pseudonyms: Pseudonyms, out: Path) -> None:

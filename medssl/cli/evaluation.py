@@ -25,6 +25,8 @@ def predict(
     format: o.MaskFormat = "nifti",
     codes: o.SegmentCodes = None,
     empty_frames: o.EmptyFrames = False,
+    gates: o.GatesMode = "report",
+    name_map: o.NameMap = None,
     device: o.Device = "auto",
     overwrite: o.Overwrite = False,
     as_json: o.AsJson = False,
@@ -50,12 +52,55 @@ def predict(
             format=format,
             codes=codes,
             empty_frames=empty_frames,
+            gates=gates,
+            name_map=name_map,
             overwrite=overwrite,
             quiet=quiet,
         ),
         out,
         as_json,
     )
+
+
+@app.command()
+def calibrate(
+    run: o.CalibratedRun,
+    dataset: o.TrainedOn = None,
+    train_cases: o.TrainCases = None,
+    validation_cases: o.ValidationCases = None,
+    flag_rate: o.FlagRate = 0.05,
+    modality: o.Modality = None,
+    step_size: o.StepSize = 0.5,
+    mirroring: o.Mirroring = None,
+    memory_mb: o.MemoryMb = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    as_json: o.AsJson = False,
+    quiet: o.Quiet = False,
+) -> None:
+    """Write the input gates of a segmentation RUN: what its cases are like, and how sure it is of unseen ones.
+
+    Example: `medssl calibrate model`
+    """
+    from medssl.inference.gates.calibration import calibrate as run_it
+
+    result = run_it(
+        run,
+        dataset=dataset,
+        train_cases=names(train_cases),
+        validation_cases=names(validation_cases),
+        flag_rate=flag_rate,
+        modality=modality,
+        step_size=step_size,
+        mirroring=mirroring,
+        memory_mb=memory_mb,
+        seed=seed,
+        device=device,
+        quiet=quiet,
+    )
+    show(result, as_json)
+    if not as_json:
+        say(f"Gates: {result.path}")
 
 
 @evaluate_app.command("segmentation")

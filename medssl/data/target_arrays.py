@@ -90,7 +90,7 @@ def read_npz_images(path: Path) -> Targets:
         prefixes = [prefix for prefix in ("train", "val", "test") if f"{prefix}_images" in content]
     if not prefixes:
         raise DataError(f"{path} holds no train_images, val_images or test_images.")
-    cases = []
+    cases: list[Case] = []
     for prefix in prefixes:
         for number in range(npz_shape(path, f"{prefix}_images")[0]):
             name, where = f"{prefix}-{number:06d}", f"{path.name} {prefix}_images[{number}]"

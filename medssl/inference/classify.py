@@ -18,9 +18,10 @@ from medssl import __version__
 from medssl.archive.load import SeriesFound, find_series
 from medssl.data.probabilities import Probabilities, write_probabilities
 from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, DataError, InputRefused
-from medssl.files import prepare_output_folder, write_json
+from medssl.files import write_json
 from medssl.inference.cases import Refusal
 from medssl.inference.model import resolve_device
+from medssl.lock import claimed_folder
 from medssl.progress import progress
 from medssl.training.temperature import probabilities_of
 from medssl.transfer.classifier_files import TrainedClassifier, load_members
@@ -117,32 +118,34 @@ def classify(
     found = find_series(input)
     if not found.series and not found.refused:
         raise DataError(f"--input {input} holds no image.")
-    prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
-    facts = {
-        "medssl_version": __version__,
-        "model": {"sha256": [member.sha256 for member in members], "classes": list(trained.classes),
-                  "target_kind": trained.kind, "temperature": [member.temperature for member in members]},
-        "options": {"device": target.type},
-    }  # fmt: skip
-    summary = ClassifySummary(out, trained.classes, [], _refused(found.refused), facts)
-    write_json(out / TABLE, summary.to_json())  # from now on --overwrite knows the folder as ours
-    root = input if input.is_dir() else input.parent
-    began = time.monotonic()
-    with progress("Predicting", len(found.series), quiet=quiet) as advance:
-        for series in found.series:
-            source = "" if series.task.kind == "dicom" else series.files[0].relative_to(root).as_posix()
-            name = source or series.name
-            try:
-                summary.rows.append((name, probabilities_of_volume(members, series, target)))
-            except InputRefused as error:
-                logger.warning("%s is refused: %s", name, error)
-                summary.refused.append(Refusal(source, error.code, error.detail))
-            advance(1, name)
-    summary.facts["seconds"] = round(time.monotonic() - began, 3)
-    write_json(out / TABLE, summary.to_json())
-    if summary.rows:
-        names = tuple(name for name, _ in summary.rows)
-        write_probabilities(out / CSV, Probabilities(names, trained.classes, np.stack([p for _, p in summary.rows])))
+    with claimed_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file()):
+        facts = {
+            "medssl_version": __version__,
+            "model": {"sha256": [member.sha256 for member in members], "classes": list(trained.classes),
+                      "target_kind": trained.kind, "temperature": [member.temperature for member in members]},
+            "options": {"device": target.type},
+        }  # fmt: skip
+        summary = ClassifySummary(out, trained.classes, [], _refused(found.refused), facts)
+        write_json(out / TABLE, summary.to_json())  # from now on --overwrite knows the folder as ours
+        root = input if input.is_dir() else input.parent
+        began = time.monotonic()
+        with progress("Predicting", len(found.series), quiet=quiet) as advance:
+            for series in found.series:
+                source = "" if series.task.kind == "dicom" else series.files[0].relative_to(root).as_posix()
+                name = source or series.name
+                try:
+                    summary.rows.append((name, probabilities_of_volume(members, series, target)))
+                except InputRefused as error:
+                    logger.warning("%s is refused: %s", name, error)
+                    summary.refused.append(Refusal(source, error.code, error.detail))
+                advance(1, name)
+        summary.facts["seconds"] = round(time.monotonic() - began, 3)
+        write_json(out / TABLE, summary.to_json())
+        if summary.rows:
+            names = tuple(name for name, _ in summary.rows)
+            write_probabilities(
+                out / CSV, Probabilities(names, trained.classes, np.stack([p for _, p in summary.rows]))
+            )
     return summary
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,20 @@ import numpy as np
 
 from medssl import __version__
 from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, InputRefused, UsageError
-from medssl.files import prepare_output_folder, write_json, write_text
+from medssl.files import write_json, write_text
 from medssl.inference.cases import Case, Refusal, find_cases
 from medssl.inference.classify import ClassifySummary, classify
+from medssl.inference.gates.watch import Gatekeeper, Watch, described, open_gatekeeper
 from medssl.inference.grid import Grid
 from medssl.inference.mask_formats import DicomSeg, MaskFormat, mask_format
 from medssl.inference.model import SegmentationModel, load_model, resolve_device
+from medssl.inference.name_map import check_name_map, write_name_map
 from medssl.inference.preprocess import prepare
 from medssl.inference.restore import restore
 from medssl.inference.source import read_image
 from medssl.inference.window import SlidingWindow
 from medssl.inference.workspace import Workspace
+from medssl.lock import claimed_folder
 from medssl.progress import progress
 
 logger = logging.getLogger(__name__)
@@ -87,6 +91,7 @@ class PredictSummary:
     predictions: list[Prediction] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
+    gatekeeper: Gatekeeper | None = None
 
     @property
     def exit_code(self) -> int:
@@ -103,7 +108,13 @@ class PredictSummary:
             **self.facts,
             "predictions": [prediction.to_json() for prediction in self.predictions],
             "refused": [vars(refusal) for refusal in self.refused],
+            "gates": self.gates,
         }
+
+    @property
+    def gates(self) -> dict[str, Any] | None:
+        """Return the gates' verdicts, or None where the model has no gates or they are off."""
+        return None if self.gatekeeper is None else self.gatekeeper.facts()
 
     def __rich__(self) -> Any:
         """Return a table for the terminal."""
@@ -117,7 +128,8 @@ class PredictSummary:
         for row in self.predictions:
             table.add_row(row.case, *(f"{row.volumes_ml[name]:.2f}" for name in names), f"{row.seconds:.1f}")
         refused = [f"refused: {row.source or 'a series'}: {row.code}: {row.detail}" for row in self.refused]
-        return Group(*([table] if self.predictions else []), *refused, NOTICE)
+        verdicts = described(self.gates) if self.gates else []
+        return Group(*([table] if self.predictions else []), *refused, *verdicts, NOTICE)
 
 
 def predict(
@@ -132,6 +144,8 @@ def predict(
     format: str = "nifti",
     codes: Path | None = None,
     empty_frames: bool = False,
+    gates: str = "report",
+    name_map: Path | None = None,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> PredictSummary | ClassifySummary:
@@ -141,7 +155,8 @@ def predict(
     sliding window belong to segmentation, where each mask lies on the grid of its source.
 
     Writes `<case>.nii.gz` or `<case>.dcm`, `predictions.json`, and the volumes in millilitres as `volumes.json` and
-    `volumes.csv` into `out`. An input that cannot be used costs one row in `refused` and nothing else.
+    `volumes.csv` into `out`. An input that cannot be used costs one row in `refused` and nothing else. If the model has
+    gates (`medssl calibrate`), each case gets a verdict with reasons in `gates.json`.
 
     A DICOM SEG belongs to the patient's study: it alone carries what the source says of both.
 
@@ -157,6 +172,9 @@ def predict(
         format: `nifti`, or `dicom-seg` for DICOM series: a binary SEG on the grid of its source.
         codes: YAML file of category and type of labels for DICOM SEG, looked up before `segment_codes.yaml`.
         empty_frames: Write also the frames of a DICOM SEG that have no content; some viewers place the others better.
+        gates: `report` judges each case where the model has gates and writes its mask all the same; `enforce` refuses
+            strange cases before they are predicted; `off` does not look.
+        name_map: CSV file, outside of `out`, that tells which mask was made of which input files.
         overwrite: Replace the masks of an earlier prediction in `out`.
         quiet: Show no progress.
 
@@ -172,6 +190,8 @@ def predict(
     if is_classification(model):
         if isinstance(masks, DicomSeg):
             raise UsageError(f"--format {format} is for masks: this model is a classifier.")
+        if gates != "report" or name_map is not None:
+            raise UsageError("--gates and --name-map are for masks: this model is a classifier.")
         if mirroring is not None or step_size != 0.5 or memory_mb is not None:
             raise UsageError("--mirroring, --step-size and --memory-mb are for masks: this model is a classifier.")
         _refuse_overlap(input, out)
@@ -180,13 +200,17 @@ def predict(
         raise UsageError(f"--step-size {step_size}: must be above 0 and at most 1. nnU-Net's default is 0.5.")
     if memory_mb is not None and memory_mb < 1:
         raise UsageError(f"--memory-mb {memory_mb}: must be positive.")
-    with nnunet_environment():
+    with nnunet_environment(), ExitStack() as held:
         network = load_model(model, resolve_device(device))
         axes = _mirroring(network, mirroring)
         cases, refused = find_cases(input, network.channels)
         masks.check(cases, input)
+        keeper = open_gatekeeper(model, gates, network, step_size, axes)
+        check_name_map(name_map, out)
         _refuse_overlap(input, out)
-        prepare_output_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
+        held.enter_context(
+            claimed_folder(out, resume=None, overwrite=overwrite, owned=lambda folder: (folder / TABLE).is_file())
+        )
         facts = {
             "medssl_version": __version__,
             "model": {
@@ -201,21 +225,28 @@ def predict(
             },
         }
         facts |= masks.facts(network)
-        summary = PredictSummary(out, [], list(refused), facts)
+        summary = PredictSummary(out, [], list(refused), facts, keeper)
+        for refusal in refused:
+            keeper.refused(refusal.source, refusal.code, refusal.detail)
         write_json(out / TABLE, summary.to_json())  # from now on --overwrite knows the folder as ours
         with progress("Predicting", len(cases), quiet=quiet) as advance:
             for case in cases:
                 try:
-                    done = _predict_case(case, network, axes, step_size, memory_mb, out, masks, advance)
+                    watch = keeper.watch(case.name)
+                    done = _predict_case(case, network, axes, step_size, memory_mb, out, masks, watch, advance)
                     summary.predictions.append(done)
                 except InputRefused as error:
                     logger.warning("%s is refused: %s", case.name, error)
                     summary.refused.append(Refusal(", ".join(case.source) or case.name, error.code, error.detail))
+                    keeper.refused(case.name, error.code, error.detail)
                 write_json(out / TABLE, summary.to_json())
                 advance(1, case.name)
         write_json(out / TABLE, summary.to_json())
         write_text(out / "volumes.csv", _volumes_csv(summary.predictions, list(network.label_values)))
         write_json(out / VOLUMES, _volumes_json(summary.predictions))
+        keeper.write(out)
+        if name_map is not None:
+            write_name_map(name_map, cases, {row.case: row.mask for row in summary.predictions}, input)
     return summary
 
 
@@ -227,6 +258,7 @@ def _predict_case(
     memory_mb: int | None,
     out: Path,
     masks: MaskFormat,
+    watch: Watch,
     advance: Callable[..., None],
 ) -> Prediction:
     began = time.monotonic()
@@ -234,10 +266,12 @@ def _predict_case(
     workspace = Workspace(memory_mb, out)
     reorient = model.plans.plans["image_reader_writer"] == "NibabelIOWithReorient"
     image = read_image(case.open(), reorient, workspace)
+    watch.image(image)
     grid, flags = image.grid, image.flags
     prepared = prepare(image.array, image.spacing, model, workspace)
     del image  # its array is either the network's input itself or no longer needed
-    window = SlidingWindow(model, prepared.data.shape[1:], step_size, axes)
+    watch.prepared(prepared)
+    window = SlidingWindow(model, prepared.data.shape[1:], step_size, axes, watch.observer)
     seen = 0
 
     def tick() -> None:
@@ -245,7 +279,8 @@ def _predict_case(
         seen += 1
         advance(0, f"{case.name}: tile {seen} of {window.tiles}")
 
-    mask = restore(window.rows(prepared.data, workspace, tick), prepared, model, workspace)
+    mask = restore(watch.rows(window.rows(prepared.data, workspace, tick)), prepared, model, workspace)
+    watch.mask(mask, grid)
     del prepared
     name = write(out, mask, grid, reorient)
     if not any(bool(row.any()) for row in mask):

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from medssl.archive.formats import nifti
 from medssl.archive.sniff import Format, sniff
-from medssl.archive.volume import Volume
+from medssl.archive.volume import UNKNOWN_MODALITY, Volume
 from medssl.errors import InputRefused
 from medssl.inference.grid import Grid
 from medssl.inference.workspace import MEBIBYTE, Workspace
@@ -30,11 +30,13 @@ class Channel:
         grid: Its grid.
         fill: Fills an array given in the stored axes (x, y, z).
         flags: Codes of what is worth knowing of it.
+        modality: DICOM's code, `IMAGE` for a picture, `OT` where nothing says.
     """
 
     grid: Grid
     fill: Callable[[Array], None]
     flags: tuple[str, ...] = ()
+    modality: str = UNKNOWN_MODALITY
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Image:
         spacing: In mm, (z, y, x) of those axes.
         grid: The grid of the source.
         flags: Codes of what was mended.
+        modality: Of its first channel.
     """
 
     array: Array
     spacing: tuple[float, float, float]
     grid: Grid
     flags: tuple[str, ...]
+    modality: str = UNKNOWN_MODALITY
 
 
 def open_file(path: Path) -> Channel:
@@ -98,7 +102,7 @@ def from_volume(volume: Volume) -> Channel:
         target[...] = voxels
 
     flags = volume.flags if volume.geometry == "regular" else (*volume.flags, volume.geometry)
-    return Channel(Grid(shape, np.asarray(volume.affine, np.float64), shape), fill, flags)
+    return Channel(Grid(shape, np.asarray(volume.affine, np.float64), shape), fill, flags, volume.modality)
 
 
 def read_image(channels: Sequence[Channel], reorient: bool, workspace: Workspace) -> Image:
@@ -122,7 +126,7 @@ def read_image(channels: Sequence[Channel], reorient: bool, workspace: Workspace
         workspace.relax()
         if _replace_not_finite(target):
             flags.add("non_finite_replaced")
-    return Image(array, grid.reader_spacing(reorient), grid, tuple(sorted(flags)))
+    return Image(array, grid.reader_spacing(reorient), grid, tuple(sorted(flags)), channels[0].modality)
 
 
 def _open_nifti(path: Path) -> Channel:

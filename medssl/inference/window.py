@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,16 @@ from medssl.inference.model import SegmentationModel, precision
 from medssl.inference.workspace import Workspace
 
 Array = npt.NDArray[Any]
+
+
+class Observer(Protocol):
+    """Sees what the window averages before it is averaged."""
+
+    def add(self, logits: Tensor) -> None:
+        """Take the logits of one fold and mirroring of the present tile, turned back. Shape: (heads, *tile)."""
+
+    def finish_tile(self, weights: Tensor) -> None:
+        """Close the present tile; the weights of its voxels are 0 in the padding. Shape: (*tile,)."""
 
 
 class SlidingWindow:
@@ -29,10 +39,16 @@ class SlidingWindow:
         shape: Shape (Z, Y, X) of the volume.
         step_size: Distance of the tiles in tile sizes.
         mirroring_axes: Spatial axes along which predictions are averaged with their mirror image.
+        observer: Shown each single prediction; None costs nothing.
     """
 
     def __init__(
-        self, model: SegmentationModel, shape: Sequence[int], step_size: float, mirroring_axes: tuple[int, ...]
+        self,
+        model: SegmentationModel,
+        shape: Sequence[int],
+        step_size: float,
+        mirroring_axes: tuple[int, ...],
+        observer: Observer | None = None,
     ) -> None:
         from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
 
@@ -46,6 +62,7 @@ class SlidingWindow:
         steps = compute_steps_for_sliding_window(self.padded[-len(model.patch_size) :], model.patch_size, step_size)
         self.steps: list[list[int]] = [list(range(self.padded[0])), *steps] if self.flat else steps
         self.mirroring_axes = mirroring_axes
+        self.observer = observer
 
     @property
     def tiles(self) -> int:
@@ -89,6 +106,8 @@ class SlidingWindow:
                     for sums, network in zip(logits, self.model.networks, strict=True):
                         sums[area] += self._predict(network, tile).to(where) * gaussian
                     weights[area[1:]] += gaussian
+                    if self.observer is not None:
+                        self.observer.finish_tile(gaussian * self._inside(start, y, x).to(where))
                     advance()
             last = position + 1 == len(starts)
             done = self.tile[0] if last else starts[position + 1] - start
@@ -132,6 +151,15 @@ class SlidingWindow:
         tensor = torch.from_numpy(tile)[None]
         return tensor[:, :, 0] if self.flat else tensor
 
+    def _inside(self, *starts: int) -> Tensor:
+        """Tell which voxels of a tile are no padding. Shape: (*tile,), bool."""
+        inside = torch.zeros(self.tile, dtype=torch.bool)
+        where = []
+        for start, below, side, length in zip(starts, self.below, self.shape, self.tile, strict=True):
+            where.append(slice(max(below - start, 0), max(min(below + side - start, length), 0)))
+        inside[tuple(where)] = True
+        return inside
+
     def _predict(self, network: torch.nn.Module, tile: Tensor) -> Tensor:
         """Return the logits of one tile, averaged over mirrorings. Shape: (heads, *tile)."""
         from itertools import combinations
@@ -139,10 +167,13 @@ class SlidingWindow:
         with precision(self.model.device):
             try:
                 prediction = network(tile)
+                self._show(prediction)
                 axes = [axis + 2 for axis in self.mirroring_axes]
                 flips = [flip for count in range(1, len(axes) + 1) for flip in combinations(axes, count)]
                 for flip in flips:
-                    prediction += torch.flip(network(torch.flip(tile, flip)), flip)
+                    mirrored = torch.flip(network(torch.flip(tile, flip)), flip)
+                    self._show(mirrored)
+                    prediction += mirrored
                 if flips:
                     prediction /= len(flips) + 1
             except torch.OutOfMemoryError as error:
@@ -151,6 +182,10 @@ class SlidingWindow:
                     "Free memory on it, or use --device cpu."
                 ) from error
         return prediction[0][:, None] if self.flat else prediction[0]
+
+    def _show(self, prediction: Tensor) -> None:
+        if self.observer is not None:
+            self.observer.add(prediction[0][:, None] if self.flat else prediction[0])
 
     def _gaussian(self, device: torch.device) -> Tensor:
         from nnunetv2.inference.sliding_window_prediction import compute_gaussian

@@ -8,7 +8,6 @@ Sums run over the whole batch. With several ranks the sums of each sample are ga
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from medssl.losses.precision import at_least_float32
@@ -74,8 +73,7 @@ def confident_regional(sums: Tensor) -> dict[str, Tensor]:
 
 def _log_of_others(logs: Tensor, chosen: Tensor) -> Tensor:
     """Return log(1 - p) of a class, as the logarithm of the sum of all others. Shape: (B, 1, *rest)."""
-    own = F.one_hot(chosen[:, 0], logs.shape[1]).movedim(-1, 1).bool()
-    return logs.masked_fill(own, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return logs.scatter(1, chosen, -torch.inf).logsumexp(dim=1, keepdim=True)
 
 
 def _checked(logits: Tensor, target: Tensor, where: Tensor | None) -> tuple[Tensor, Tensor]:

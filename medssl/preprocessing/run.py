@@ -14,7 +14,8 @@ from typing import Any
 
 from medssl.archive.codes import explain
 from medssl.errors import EXIT_ALL_REFUSED, EXIT_OK, EXIT_SOME_REFUSED, MedsslError, UsageError
-from medssl.files import prepare_output_folder, write_json
+from medssl.files import write_json
+from medssl.lock import claimed_folder
 from medssl.preprocessing import worker
 from medssl.preprocessing.case import Plan
 from medssl.preprocessing.codec import LOSSLESS, check_codec
@@ -181,15 +182,17 @@ def preprocess_source(
         quiet: Show no progress.
     """
     started = time.monotonic()
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=_is_store)
-    with runner(workers, executor, scheduler) as run:
+    with (
+        claimed_folder(out, resume=resume, overwrite=overwrite, owned=_is_store),
+        runner(workers, executor, scheduler) as run,
+    ):
         info = store_info(options, source, out, run, resume=resume, quiet=quiet)
         writer = StoreWriter(out, info, resume=resume)
         todo = _incomplete(source.jobs, writer, resume, quiet)
         failures = _process(todo, plan_of(info), out, run, quiet)
-    write_json(out / FAILED_FILE, {"volumes": failures})
-    volumes = len(source.jobs) - len(failures)
-    error = writer.finish().info["codec_error"] if volumes else {"largest": 0.0, "rms": 0.0}
+        write_json(out / FAILED_FILE, {"volumes": failures})
+        volumes = len(source.jobs) - len(failures)
+        error = writer.finish().info["codec_error"] if volumes else {"largest": 0.0, "rms": 0.0}
     return PreprocessSummary(
         out=out,
         volumes=volumes,

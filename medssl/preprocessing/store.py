@@ -338,7 +338,8 @@ class StoreWriter:
             squares, voxels = squares + encoding.rms_error**2 * size, voxels + size
         rows.sort(key=lambda row: row["id"])
         digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
-        for path in self.out.iterdir():
+        # A process that closes a handle of the lock it holds loses it; hidden names are no part of the store.
+        for path in self.out.glob("[!.]*"):
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         content = {

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from lightning.fabric import Fabric
 import medssl
 from medssl.config import read_yaml, to_yaml
 from medssl.errors import CheckpointError, UsageError
-from medssl.files import prepare_output_folder, write_json, write_text
+from medssl.files import write_json, write_text
+from medssl.lock import claimed_folder
 from medssl.preprocessing.store import Store
 from medssl.pretraining.recipe import ELSEWHERE, POLICY, PretrainingSettings, differences, exported
 from medssl.training.checkpoint import FOLDER, SCHEMA_VERSION, newest_intact
 from medssl.training.devices import on_main
 from medssl.training.environment import describe_environment
-from medssl.training.lock import run_lock
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +84,10 @@ def claim(
     Raises:
         UsageError: If it is not empty and neither option is given, belongs to another command, or is being written.
     """
-    lock = run_lock(out)
-    held = False
-
-    def take() -> None:
-        nonlocal held
-        prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=owned or _may_be_removed)
-        lock.__enter__()
-        held = True
-
-    try:
-        on_main(fabric, take)
+    with ExitStack() as held:
+        claimed = claimed_folder(out, resume=resume, overwrite=overwrite, owned=owned or _is_pretraining)
+        on_main(fabric, lambda: held.enter_context(claimed))
         yield
-    finally:
-        if held:
-            lock.__exit__(None, None, None)
 
 
 def write_facts(
@@ -166,8 +155,6 @@ def newest_checkpoint(out: Path) -> Path | None:
         return None
 
 
-def _may_be_removed(out: Path) -> bool:
+def _is_pretraining(out: Path) -> bool:
     facts = out / "run.json"
-    # A run in use is refused here, before anything is removed.
-    with run_lock(out):
-        return facts.is_file() and json.loads(facts.read_text()).get("kind") == KIND
+    return facts.is_file() and json.loads(facts.read_text()).get("kind") == KIND

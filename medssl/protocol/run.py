@@ -8,7 +8,8 @@ from pathlib import Path
 
 from medssl.config import check_settings, to_yaml
 from medssl.errors import UsageError, unknown_name
-from medssl.files import prepare_output_folder, write_json, write_text
+from medssl.files import write_json, write_text
+from medssl.lock import claimed_folder
 from medssl.progress import progress
 from medssl.protocol.division import counts_of, divide
 from medssl.protocol.outcomes import require_cases
@@ -19,7 +20,6 @@ from medssl.protocol.results import Entry, Results, tabulate
 from medssl.protocol.runner import Prepared, Runner, resolve_checkpoints
 from medssl.protocol.tasks import Task, Trainer
 from medssl.training.environment import describe_environment
-from medssl.training.lock import run_lock
 
 KIND = "protocol"
 RECIPE = "recipe.yaml"
@@ -79,8 +79,7 @@ def protocol(
         recipe = out / RECIPE
     plan = read_recipe(recipe, overrides)
     datasets = [_prepare(name, plan, open_task or open_dataset) for name in plan.datasets]
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=is_ours)
-    with run_lock(out):
+    with claimed_folder(out, resume=resume, overwrite=overwrite, owned=is_ours):
         if not (out / "run.json").is_file():
             write_json(out / "run.json", {"kind": KIND, "schema_version": 1, "finished": False})
         for dataset in datasets:

@@ -14,10 +14,11 @@ from medssl import __version__
 from medssl.errors import UsageError
 from medssl.files import write_text
 from medssl.inference.embed import FEATURES
-from medssl.inference.predict import NOTICE
+from medssl.inference.predict import NOTICE, TABLE
 from medssl.report.classification import Scores, describe_classification
 from medssl.report.facts import RunFacts, read_facts
 from medssl.report.figures import curve_figures
+from medssl.report.gates import TEMPLATE, describe_gates, write_prediction_report
 from medssl.report.segments import Segments, describe_segments
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def report(run: Path) -> Path:
 
     Works for pretraining, segmentation and classification RUNs, also unfinished ones: what is missing is listed on the
     page. The validation masks of a segmentation RUN are measured if that was not done yet. Of a folder of `medssl
-    embed` the page is a map of its features.
+    embed` the page is a map of its features, of one of `medssl predict` the verdicts of the gates.
 
     Args:
         run: The RUN, or the folder.
@@ -63,6 +64,8 @@ def report(run: Path) -> Path:
         from medssl.report.embedding_map import embedding_report
 
         return embedding_report(run)
+    if (run / TABLE).is_file():
+        return write_prediction_report(run, NAME, _template(TEMPLATE))
     facts = read_facts(run)
     segments = describe_segments(facts) if facts.kind == "segmentation" else None
     classification = describe_classification(facts) if facts.kind == "classification" else None
@@ -80,6 +83,7 @@ def report(run: Path) -> Path:
         tiles=_tiles(facts),
         segments=segments,
         classification=classification,
+        gates=describe_gates(facts) if facts.kind == "segmentation" else None,
         figures=figures,
         views=views,
         reconstructions=made,

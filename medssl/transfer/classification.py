@@ -17,11 +17,10 @@ from medssl.config import apply_overrides, check_settings
 from medssl.data.target_files import read_targets
 from medssl.data.targets import Targets, draw_labelled
 from medssl.errors import MedsslError, UsageError
-from medssl.files import prepare_output_folder
+from medssl.lock import claimed_folder
 from medssl.networks.classifier import Classifier
 from medssl.training.checkpoint import FOLDER, load_checkpoint, newest_intact
 from medssl.training.devices import find_machine, launch, own_random_state
-from medssl.training.lock import run_lock
 from medssl.training.loop import Job, train
 from medssl.training.method import Method
 from medssl.training.settings import TrainingSettings
@@ -179,8 +178,7 @@ def finetune_classification(
         **chosen.model_dump(mode="json"),
         **({} if learner is None else learner.recipe()),
     }
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=files.is_ours)
-    with run_lock(out):
+    with claimed_folder(out, resume=resume, overwrite=overwrite, owned=files.is_ours):
         if resume and (out / files.RECIPE).is_file():
             refuse_changes(yaml.safe_load((out / files.RECIPE).read_text()), recipe, str(out))
         files.claim(out, recipe)

@@ -12,7 +12,6 @@ from medssl.data.targets import SPLITS, Targets
 from medssl.files import sha256_of, write_json, write_text
 from medssl.preprocessing.store import Store
 from medssl.training.environment import describe_environment
-from medssl.training.lock import run_lock
 from medssl.transfer.classifier_files import KIND, is_classification
 from medssl.transfer.overlay import KeyReport
 from medssl.transfer.source import Source
@@ -43,16 +42,8 @@ def recipe_head(
 
 
 def is_ours(out: Path) -> bool:
-    """Whether a folder is a classification RUN that may be removed.
-
-    Raises:
-        UsageError: If another process is writing to it.
-    """
-    if not out.is_dir() or not is_classification(out):
-        return False
-    # A run in use is refused here, before anything is removed.
-    with run_lock(out):
-        return True
+    """Whether a folder is a classification RUN."""
+    return out.is_dir() and is_classification(out)
 
 
 def target_kind(out: Path) -> str:

@@ -14,9 +14,9 @@ from medssl.config import to_yaml
 from medssl.data.probabilities import Probabilities, read_probabilities, write_probabilities
 from medssl.data.targets import Targets
 from medssl.errors import DataError, MedsslError, UsageError
-from medssl.files import prepare_output_folder, write_json, write_text
+from medssl.files import write_json, write_text
+from medssl.lock import claimed_folder
 from medssl.training.environment import describe_environment
-from medssl.training.lock import run_lock
 from medssl.training.scores import classification_metrics
 from medssl.transfer import classification_files as files
 from medssl.transfer.classifier_files import KIND, fold_folders, number_of_folds
@@ -46,8 +46,7 @@ def train_folds(
         UsageError: If `out` was begun with another number of folds, or is one fold.
     """
     folds = len(parts)
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=files.is_ours)
-    with run_lock(out):
+    with claimed_folder(out, resume=resume, overwrite=overwrite, owned=files.is_ours):
         if resume and (out / "run.json").is_file() and number_of_folds(out) != folds:
             before = number_of_folds(out)
             begun = "as a single run" if before is None else f"with {before} folds"

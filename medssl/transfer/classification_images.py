@@ -8,9 +8,9 @@ from typing import Any
 
 from medssl.augmentation.policy import Policy, policy_for
 from medssl.data.targets import Targets
+from medssl.lock import run_lock
 from medssl.networks.architecture import Architecture, architecture
 from medssl.preprocessing.store import Store
-from medssl.training.lock import run_lock
 from medssl.transfer.classification_settings import ClassificationSettings
 from medssl.transfer.image_batches import ImageSet
 from medssl.transfer.image_fit import choose_patch

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from medssl.errors import DataError, UsageError, unknown_name
-from medssl.files import prepare_output_folder, write_json
-from medssl.training.lock import run_lock
+from medssl.files import write_json
+from medssl.lock import claimed_folder
 from medssl.transfer import runfiles
 from medssl.transfer.fingerprint import fingerprint
 from medssl.transfer.laterality import check_policy, paired_labels
@@ -137,8 +137,7 @@ def finetune_segmentation(
         raw, checkpoint, settings, source, network=network, plans_from=plans_from, patch_size=patch_size,
         batch_size=batch_size, spacing=spacing, cache=cache,
     )  # fmt: skip
-    prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=runfiles.is_ours)
-    with run_lock(out):
+    with claimed_folder(out, resume=resume, overwrite=overwrite, owned=runfiles.is_ours):
         runfiles.check_resumed(out, recipe)
         runfiles.write_claim(out, settings)
         preprocessed = (cache or out / "preprocessed") / raw.name

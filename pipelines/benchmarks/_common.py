@@ -27,6 +27,8 @@ LIBRARIES = (
     "batchgeneratorsv2",
     "kornia",
     "dicom2nifti",
+    "dcm2niix",
+    "pynrrd",
     "blosc2",
     "polars",
     "zarr",

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ def main() -> None:
         print(json.dumps(_measure(name, int(dimensions), Path(store), tiny=options.tiny)))
         return
     from _common import print_table, write_results
+    from _step_costs import in_process
     from _synthetic_store import synthetic_store
 
     from medssl import registry
@@ -57,7 +56,7 @@ def main() -> None:
                 continue
             for dimensions in entry.dimensions:
                 folder = stores[dimensions].folder
-                found = _in_process(name, dimensions, folder, options.tiny)
+                found = in_process(__file__, name, str(dimensions), str(folder), tiny=options.tiny)
                 row: dict[str, Any] = {"method": name, "dimensions": f"{dimensions}D"}
                 row["step, s"], row["time / mae"] = found["seconds"], found["ratio"]
                 of_mae.setdefault(dimensions, found["mebibytes"])
@@ -70,16 +69,6 @@ def main() -> None:
         print(f"Written: {write_results('methods', payload).relative_to(REPOSITORY)}")
 
 
-def _in_process(name: str, dimensions: int, store: Path, tiny: bool) -> dict[str, float]:
-    line = [sys.executable, __file__, "--measure", name, str(dimensions), str(store), *(["--tiny"] * tiny)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{name} in {dimensions}D ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def _overrides(name: str, dimensions: int) -> tuple[str, ...]:
     patch, batch = CROPS[dimensions]
     return (f"method={name}", "network=resenc-xs", f"patch_size={patch}", f"batch_size={batch}", "workers=0")
@@ -87,34 +76,21 @@ def _overrides(name: str, dimensions: int) -> tuple[str, ...]:
 
 def _measure(name: str, dimensions: int, folder: Path, *, tiny: bool) -> dict[str, float]:
     """Return the time of a step, its ratio to that of the masked autoencoder, and what two steps add to the peak."""
-    import resource
-
-    from _engines import parts_of
+    from _engines import Parts, parts_of
+    from _step_costs import beside
 
     from medssl.preprocessing.store import Store
 
     store = Store.open(folder)
-    took: dict[str, list[float]] = {name: [], "mae": []}
-    with parts_of(store, "cpu", _overrides(name, dimensions)) as ours:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        views = ours.seen()
-        for _ in range(2):
-            ours.step(views)
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        with parts_of(store, "cpu", _overrides("mae", dimensions)) as mae:
-            arms = {name: (ours, views), "mae": (mae, mae.seen())}
-            arms["mae"][0].step(arms["mae"][1])
-            for _ in range(1 if tiny else TURNS):
-                for each, (parts, seen) in arms.items():
-                    began = time.perf_counter()
-                    parts.step(seen)
-                    took[each].append(time.perf_counter() - began)
-    ratio = statistics.median(a / b for a, b in zip(took[name], took["mae"], strict=True))
-    return {
-        "seconds": round(statistics.median(took[name]), 3),
-        "ratio": 1.0 if name == "mae" else round(ratio, 2),
-        "mebibytes": memory / 1024,
-    }
+    with ExitStack() as stack:
+
+        def stepping(method: str) -> Callable[[], Any]:
+            parts: Parts = stack.enter_context(parts_of(store, "cpu", _overrides(method, dimensions)))
+            seen = parts.seen()
+            return lambda: parts.step(seen)
+
+        found = beside(stepping(name), lambda: stepping("mae"), 1 if tiny else TURNS)
+    return found | {"ratio": 1.0} if name == "mae" else found
 
 
 if __name__ == "__main__":

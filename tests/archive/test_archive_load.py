@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from medssl.archive.codes import CODES, codes_of, explain
+from medssl.archive.codes import CODES, NOTHING_TO_DO, codes_of, explain
 from medssl.archive.convert import convert, to_nifti
 from medssl.archive.formats import nifti
 from medssl.archive.identity import identity_of
@@ -230,9 +230,10 @@ def test_impossible_volumes_are_refused():
             Volume(**{"array": good, "affine": np.eye(4), **more})  # type: ignore[arg-type]
 
 
-def test_every_code_has_a_meaning_and_refusals_have_a_remedy():
+def test_every_code_has_a_meaning_and_says_what_a_person_should_do():
     assert all(entry.meaning.endswith(".") for entry in CODES.values())
-    assert all(entry.remedy for entry in codes_of("refused"))
+    assert all(entry.remedy.endswith((".", "?")) for entry in CODES.values())
+    assert not [entry for entry in codes_of("refused") if entry.remedy == NOTHING_TO_DO]
     assert all(code == entry.code and code == code.lower() for code, entry in CODES.items())
     assert explain("empty_file").startswith("The file has no bytes.")
     assert explain("unheard_of") == "unheard_of"

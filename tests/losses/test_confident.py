@@ -156,7 +156,7 @@ def test_two_ranks_that_gather_equal_one(two_ranks: TwoRanks) -> None:
 def test_unusable_input_is_named(change: dict[str, Tensor], message: str) -> None:
     logits, target, where = sample(9, (2, 3, 3))
     with pytest.raises(ValueError, match=message):
-        confident_sums(**{"logits": logits, "target": target, "where": where, **change})
+        confident_sums(*({"logits": logits, "target": target, "where": where} | change).values())
 
 
 def test_sums_of_another_shape_are_named() -> None:

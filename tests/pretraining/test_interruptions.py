@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -150,6 +152,37 @@ def test_two_ranks_agree_on_a_signal_that_only_one_got(store: Path, tmp_path: Pa
     assert done.returncode != 0
     assert "exitcode  : 143" in done.stderr, done.stderr
     assert 3 <= load_checkpoint(find_checkpoint(out))["medssl"]["step"] < STEPS
+
+
+@pytest.mark.parametrize("launcher", ["own", "none"])
+def test_the_other_rank_ends_with_an_error_when_one_is_killed(store: Path, tmp_path: Path, launcher: str) -> None:
+    out = tmp_path / "run"
+    line = command(store, out, "--workers", "0", save_every="1000000")
+    line[line.index("--steps") + 1] = "100000"
+    line[1:3] = ["-m", "medssl"]
+    if launcher == "own":
+        processes = [subprocess.Popen([*line, "--set", "devices=2"], env=environment(), stderr=subprocess.DEVNULL)]
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        shared |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "test"}
+        processes = [
+            subprocess.Popen(
+                line, env={**environment(), **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.DEVNULL
+            )
+            for rank in "01"
+        ]
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not read_metrics(out):
+        assert processes[0].poll() is None
+        time.sleep(0.05)
+    second = processes[1].pid if launcher == "none" else psutil.Process(processes[0].pid).children()[0].pid
+    os.kill(second, signal.SIGKILL)
+    assert processes[0].wait(timeout=30) != 0
+    for process in processes:
+        process.wait(timeout=30)
 
 
 GATHER = """

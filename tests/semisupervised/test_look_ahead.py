@@ -30,10 +30,10 @@ def engine_of(steps: int, task: str = "segmentation", momentum: float = 0.5) -> 
 @pytest.mark.parametrize("name", WITH_TEACHER)
 def test_every_method_with_a_teacher_takes_the_setting(name: str) -> None:
     entry = registry.semisupervised(name)
-    assert entry.load_settings()().look_ahead.steps == 0  # type: ignore[attr-defined]
+    assert entry.load_settings()().look_ahead.steps == 0
     settings = entry.load_settings()(look_ahead={"steps": 2})
     task = "segmentation" if "segmentation" in entry.tasks else "classification"
-    method = build(entry.load(), settings, task)  # type: ignore[arg-type]
+    method = build(entry.load(), settings, task)
     assert method.look_ahead == 2
     taught = {id(tensor) for tensor in method.teacher.buffers()}
     assert not taught & {id(tensor) for tensor in method.student_buffers()}
@@ -62,7 +62,7 @@ def test_the_teacher_of_a_step_has_seen_the_students_future_and_the_student_has_
 
 def test_no_virtual_step_is_the_plain_method_bit_for_bit() -> None:
     first, second = engine_of(0), engine_of(0)
-    second.method.student_buffers = lambda: pytest.fail("nothing is to be kept")  # type: ignore[method-assign, assignment]
+    second.method.student_buffers = lambda: pytest.fail("nothing is to be kept")  # type: ignore[method-assign]
     for engine in (first, second):
         for index in range(2):
             engine.step(Step(index, 100), [engine.views(paired(first=2 * index))])  # type: ignore[arg-type]

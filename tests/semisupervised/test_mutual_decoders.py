@@ -91,7 +91,7 @@ def test_a_transposed_convolution_of_one_kernel_goes_up_as_the_nearest_value_doe
     torch.testing.assert_close(nearest(stages), unet.decoder(stages), rtol=1e-4, atol=1e-5)  # type: ignore[operator]
     # Random kernels keep their size although they differ.
     for layer, narrow in zip(other.decoder.transpconvs, RaisingDecoder(other.decoder, "linear").narrow, strict=True):  # type: ignore[union-attr, arg-type]
-        assert narrow.weight.square().mean().item() == pytest.approx(layer.weight.square().mean().item(), rel=1e-4)
+        assert narrow.weight.square().mean().item() == pytest.approx(layer.weight.square().mean().item(), rel=1e-4)  # type: ignore[operator]
 
 
 def test_the_export_is_a_plain_network_that_the_first_decoder_predicts_with() -> None:
@@ -107,7 +107,7 @@ def test_the_encoder_is_held_once_and_decoders_start_differently() -> None:
     method = build(MutualDecoders, settings())
     encoders = [name for name, _ in method.named_parameters() if "stages.0.blocks" in name and "encoder" in name]
     assert encoders and all(name.startswith("networks.0.encoder") for name in encoders)
-    first, second = (decoder.output.weight for decoder in method.decoders)  # type: ignore[union-attr]
+    first, second = (decoder.get_parameter("output.weight") for decoder in method.decoders)
     assert not torch.equal(first, second)
 
 

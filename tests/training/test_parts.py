@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from medssl.errors import TrainingStopped, UsageError
+from medssl.lock import run_lock
 from medssl.networks.architecture import architecture
 from medssl.networks.build import build_network
 from medssl.training.devices import find_machine
 from medssl.training.ema import AveragedWeights
 from medssl.training.environment import describe_environment
 from medssl.training.guards import CollapseGuard, GuardSettings, check_finite
-from medssl.training.lock import run_lock
 from medssl.training.metrics import MetricsWriter, read_metrics
 from medssl.training.nnssl_plan import adaptation_plan
 from medssl.training.optimisers import OptimiserSettings, build_optimiser
@@ -141,7 +141,7 @@ def test_tensorboard_reads_the_events_and_forgets_what_a_kill_undid(tmp_path: Pa
 
 def test_two_processes_never_write_to_one_run(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from medssl.training.lock import run_lock\n"
+        "import sys; from pathlib import Path; from medssl.lock import run_lock\n"
         "with run_lock(Path(sys.argv[1])): print('held', flush=True)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

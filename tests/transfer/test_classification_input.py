@@ -117,7 +117,7 @@ def test_a_folder_of_someone_else_is_not_replaced(tmp_path: Path) -> None:
 def test_a_run_that_another_process_trains_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text('{"kind": "classification"}')
-    code = "import sys\nfrom pathlib import Path\nfrom medssl.training.lock import run_lock\n"
+    code = "import sys\nfrom pathlib import Path\nfrom medssl.lock import run_lock\n"
     code += f"with run_lock(Path({str(tmp_path / 'run')!r})): print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"
