@@ -94,7 +94,8 @@ def of_signals(bench: Bench, container: Sealed) -> Iterator[Row]:
     settings = [option for setting in PRETRAIN for option in ("--set", setting)]
     started = lambda: (run / "out" / "metrics.jsonl").is_file() and bool((run / "out" / "metrics.jsonl").read_text())  # noqa: E731
     ended = container.run(
-        ["pretrain", "--method", "mae", "--store", "/input", "--out", "/output/out", "--steps", str(MORE_STEPS_THAN_ARE_WAITED_FOR),
+        ["pretrain", "--method", "mae", "--store", "/input", "--out", "/output/out",
+         "--steps", str(MORE_STEPS_THAN_ARE_WAITED_FOR),
          "--workers", "2", "--device", "cpu", "--quiet", *settings],
         mounts={"/input": (bench.store, "ro"), "/output": (run, "rw")}, interrupt=started,
     )  # fmt: skip

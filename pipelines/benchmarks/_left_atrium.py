@@ -87,10 +87,10 @@ def prepare(dataset: Path, out: Path) -> None:
     import nibabel
 
     order = (dataset / "train_order.txt").read_text().split()
-    content: dict[str, NDArray[Any]] = {"order": np.array(order)}
+    content: dict[str, Any] = {"order": np.array(order)}
     for name in order:
-        image = nibabel.load(dataset / "imagesTr" / f"{name}_0000.nii.gz")
-        truth = nibabel.load(dataset / "labelsTr" / f"{name}.nii.gz")
+        image = nibabel.nifti1.load(dataset / "imagesTr" / f"{name}_0000.nii.gz")
+        truth = nibabel.nifti1.load(dataset / "labelsTr" / f"{name}.nii.gz")
         volume = np.asarray(image.dataobj, np.float64).T
         grains = np.rint((volume - volume.mean()) / volume.std() / GRAIN)
         first = grains.min()

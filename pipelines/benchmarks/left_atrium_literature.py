@@ -153,7 +153,8 @@ def main(given: Sequence[str] | None = None) -> None:
     found = []
     for run in runs:
         found.append(run.done())
-        show(found)
+        print_table([_shown(row) for row in rows_of(found)[-2:]])
+    show(found)
     kept = [json.loads(path.read_text()) for path in sorted(options.workdir.glob("*/scores.json"))]
     full = [run for run in kept if run["steps"] >= FULL_STEPS]
     if full:
@@ -357,13 +358,17 @@ def _kind(run: dict[str, Any]) -> tuple[Any, ...]:
 
 def show(found: Sequence[dict[str, Any]]) -> None:
     """Print the rows, the published ones, and what is wrong with comparing them."""
-    rows = rows_of(found)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    print_table([{name: _text(row.get(name)) for name in names} for row in rows])
+    rows = [_shown(row) for row in rows_of(found)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    print_table([{name: row.get(name, "-") for name in names} for row in rows])
     print("\nPublished (Dice and Jaccard in percent, distances in voxels, 20 other volumes):")
     print_table(PUBLISHED)
     for title, lines in (("Leaks of this protocol", LEAKS), ("Different here", DEVIATIONS)):
         print(f"\n{title}:", *lines, sep="\n- ")
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: _text(value) for name, value in row.items()}
 
 
 def _text(value: Any) -> Any:

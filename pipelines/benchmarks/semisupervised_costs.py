@@ -104,14 +104,13 @@ def _stepping(name: str, task: str) -> Callable[[], Any]:
     window = tuple(max(edges) for edges in zip(*windows, strict=True))
     engine = Engine(kind(networks, chosen, policy, settings.of_method()), settings, launch(machine, "float32", "cpu"))
     engine.start()
-    batch, number = _batch(window, task, unlabelled=kind.uses_unlabelled), count()
+    batch, indices = _batch(window, task, unlabelled=kind.uses_unlabelled), count(STEPS * 9 // 10)
 
     def step() -> Any:
-        moved = next(number)
         for part in (batch.labelled, batch.unlabelled):
             if part is not None:
                 part.sample_index = part.sample_index + len(part)
-        return engine.step(Step(STEPS * 9 // 10 + moved, STEPS), [engine.views(batch)])
+        return engine.step(Step(next(indices), STEPS), [engine.views(batch)])
 
     return step
 

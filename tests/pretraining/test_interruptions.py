@@ -174,15 +174,18 @@ def test_the_other_rank_ends_with_an_error_when_one_is_killed(store: Path, tmp_p
             )
             for rank in "01"
         ]
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not read_metrics(out):
-        assert processes[0].poll() is None
-        time.sleep(0.05)
-    second = processes[1].pid if launcher == "none" else psutil.Process(processes[0].pid).children()[0].pid
-    os.kill(second, signal.SIGKILL)
-    assert processes[0].wait(timeout=30) != 0
-    for process in processes:
-        process.wait(timeout=30)
+    try:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not read_metrics(out):
+            assert processes[0].poll() is None
+            time.sleep(0.05)
+        second = processes[1].pid if launcher == "none" else psutil.Process(processes[0].pid).children()[0].pid
+        os.kill(second, signal.SIGKILL)
+        assert processes[0].wait(timeout=30) != 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 GATHER = """

@@ -81,8 +81,8 @@ def summary_lines(gates: Gates) -> list[str]:
     counts = facts["validation_verdicts"]
     temperature = facts["temperature"]
     lines = [
-        f"{gates.envelope.cases} training cases give the ranges. Verdicts on the {facts['validation_cases']} validation "
-        f"cases: {', '.join(f'{counts[name]} {name}' for name in (ACCEPTED, REVIEW, REFUSED))}."
+        f"{gates.envelope.cases} training cases give the ranges. Verdicts on the {facts['validation_cases']} "
+        f"validation cases: {', '.join(f'{counts[name]} {name}' for name in (ACCEPTED, REVIEW, REFUSED))}."
     ]
     if temperature["fitted"]:
         error = temperature["ece"]
