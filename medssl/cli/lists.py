@@ -47,7 +47,7 @@ def list_datasets(as_json: o.AsJson = False) -> None:
 
 @list_app.command("codes")
 def list_codes(as_json: o.AsJson = False) -> None:
-    """Reason codes of refusals, related objects, repairs and flags, and what to do about each."""
+    """Reason codes of refusals, related objects, repairs, flags and gates, and what to do about each."""
     from medssl.archive.codes import CODES
 
     table("Codes", [asdict(code) for code in CODES.values()], as_json)

@@ -39,7 +39,7 @@ def _largest(mask: Tensor) -> Tensor:
     root = components(mask).flatten(1)
     inside = mask.flatten(1)
     voxels = torch.zeros_like(root).scatter_add_(1, root, inside.long())
-    # The place of its root breaks a tie, so that no two parts are equal.
+    # The place of its root breaks a tie: of equal numbers a device may choose any, and another one next time.
     size = voxels * root.shape[1] + torch.arange(root.shape[1], device=root.device)
     return (inside & (root == size.argmax(dim=1, keepdim=True))).view_as(mask)
 

@@ -12,7 +12,7 @@ from _synthetic_store import synthetic_store
 
 from medssl.files import sha256_of
 
-SERIES = "dicom/brain_mr_study/26401-T1prereg-52906"
+SERIES = "dicom/hyperfine/anatomical/001"
 REFUSED_SERIES = "dicom/failing/notavolume"
 STEPS = 20
 # Tiles side by side: what is compared are two runs, not quality.

@@ -90,23 +90,21 @@ def of_exit_codes(bench: Bench, container: Sealed) -> Iterator[Row]:
 def of_signals(bench: Bench, container: Sealed) -> Iterator[Row]:
     """Send SIGTERM to process 1 during pretraining and prediction."""
     user = container.user
-    run = bench.output(user, "run")
+    run, stopped = bench.output(user, "run"), bench.output(user, "stopped")
+    metrics = run / "out" / "metrics.jsonl"
     settings = [option for setting in PRETRAIN for option in ("--set", setting)]
-    started = lambda: (run / "out" / "metrics.jsonl").is_file() and bool((run / "out" / "metrics.jsonl").read_text())  # noqa: E731
     ended = container.run(
-        ["pretrain", "--method", "mae", "--store", "/input", "--out", "/output/out",
-         "--steps", str(MORE_STEPS_THAN_ARE_WAITED_FOR),
-         "--workers", "2", "--device", "cpu", "--quiet", *settings],
-        mounts={"/input": (bench.store, "ro"), "/output": (run, "rw")}, interrupt=started,
+        ["pretrain", "--method", "mae", "--store", "/input", "--out", "/output/out", "--workers", "2", "--quiet",
+         "--device", "cpu", "--steps", str(MORE_STEPS_THAN_ARE_WAITED_FOR), *settings],
+        mounts={"/input": (bench.store, "ro"), "/output": (run, "rw")},
+        interrupt=lambda: metrics.is_file() and metrics.stat().st_size > 0,
     )  # fmt: skip
     yield row("SIGTERM in pretraining", user, "exit code 143", ended, 143)
     ended = container.run(["doctor", "--model", "/model/out"], mounts={"/model": (run, "ro")})
-    yield row("its checkpoint loads", user, "exit code 0", ended, 0, "step_")
-    out = bench.output(user, "stopped")
-    begun = lambda: any(out.iterdir())  # noqa: E731
-    ended = container.run(PREDICT_MOUNTED, mounts=bench.prediction(out), interrupt=begun)
+    yield row("the checkpoint it saved loads", user, "exit code 0", ended, 0, "loaded 1 checkpoint")
+    ended = container.run(PREDICT_MOUNTED, mounts=bench.prediction(stopped), interrupt=lambda: any(stopped.iterdir()))
     finding = row("SIGTERM in predicting", user, "exit code 143, no half mask", ended, 143)
-    finding["holds"] &= not list(out.glob("*.nii*"))
+    finding["holds"] &= not list(stopped.glob("*.nii*"))
     yield finding
 
 

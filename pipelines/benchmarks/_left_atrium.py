@@ -1,4 +1,4 @@
-"""The left atrium as the semi-supervised literature has it: volumes to carry, windows, metrics in voxels, its table.
+"""The left atrium as the semi-supervised literature has it: volumes to carry, windows, metrics in voxels.
 
 Only `prepare` needs nibabel; all else runs on a machine with torch, lightning, blosc2 and scipy.
 """
@@ -29,52 +29,6 @@ GRAIN = 0.375
 METRICS = ("dice", "jaccard", "hd95", "asd", "assd")
 #: Validation cases, from the end of the training list: the 20 test volumes are not at hand.
 HELD_OUT = 20
-
-LEAKS = (
-    "Volumes were cropped around the ground truth of the atrium by the public preprocessing, in training and testing: "
-    "whoever draws the box knows where the atrium is.",
-    "One labelled subset, the first N of the public list, and one seed: no table of this protocol knows its spread.",
-    f"The 20 test volumes are not at hand: tested are the last {HELD_OUT} of the 80 training volumes, so that "
-    f"{80 - HELD_OUT} - N are unlabelled instead of 80 - N. Rows of the literature are of other cases.",
-    "Rows marked 'best on test' were chosen on the test volumes by their authors.",
-)
-DEVIATIONS = (
-    "All methods have SGD 0.01 (momentum 0.9 in Nesterov's form, weight decay 1e-4), falling as (1 - t)^0.9, 2 "
-    "labelled and 2 unlabelled crops a step; the literature has other rates, steps or batches for some of them.",
-    "Quarter turns and mirrorings in the plane are drawn evenly from all eight; the literature's always mirror once.",
-    "Labelled and unlabelled crops go through batch normalisation apart from each other.",
-    "Unlabelled weights and their ramps are medssl's defaults. UA-MT drops channels by V-Net's own dropout, as in its "
-    "code. TraCoCo draws its two crops from a window of 88 x 132 x 148 voxels, the largest that fits all volumes.",
-    f"Volumes are normalised to mean 0 and standard deviation 1 after the crop and rounded to {GRAIN} of it.",
-)
-
-
-def _row(method: str, labelled: int, checkpoint: str, source: str, *values: float) -> dict[str, Any]:
-    names = ("dice", "jaccard", "hd95", "asd")
-    return {
-        "method": method, "labelled": labelled, "checkpoint": checkpoint, "source": source,
-        **dict(zip(names, values, strict=True)),
-    }  # fmt: skip
-
-
-#: Dice and Jaccard in percent, distances in voxels, of 20 test volumes. Only rows whose source was read: those of the
-#: supervised V-Net, of mean teacher and of CPS were not found in one.
-PUBLISHED = (
-    _row("UA-MT", 8, "last", "DTC's and TraCoCo's repositories", 84.25, 73.48, 13.84, 3.36),
-    _row("UA-MT", 8, "not said", "repeated by CrossMatch", 85.81, 75.41, 18.25, 5.04),
-    _row("MC-Net+", 8, "best on test", "its repository", 88.96, 80.25, 7.93, 1.86),
-    _row("MC-Net+", 8, "not said", "repeated by CrossMatch", 87.68, 78.27, 10.35, 1.85),
-    _row("BCP", 8, "not said", "repeated by CrossMatch", 89.55, 81.22, 7.10, 1.69),
-    _row("TraCoCo", 8, "last", "its repository", 89.29, 80.82, 6.92, 2.28),
-    _row("TraCoCo", 8, "best on test", "its repository", 89.86, 81.70, 6.81, 2.01),
-    _row("UA-MT", 16, "last", "DTC's and TraCoCo's repositories", 88.88, 80.21, 7.32, 2.26),
-    _row("UA-MT", 16, "not said", "repeated by CrossMatch", 88.18, 79.09, 9.66, 2.62),
-    _row("MC-Net+", 16, "best on test", "its repository", 91.07, 83.67, 5.84, 1.67),
-    _row("MC-Net+", 16, "not said", "repeated by CrossMatch", 90.60, 82.93, 6.27, 1.58),
-    _row("BCP", 16, "not said", "repeated by CrossMatch", 90.18, 82.36, 6.64, 1.61),
-    _row("TraCoCo", 16, "last", "its repository", 90.94, 83.47, 5.49, 1.79),
-    _row("TraCoCo", 16, "best on test", "its repository", 91.51, 84.40, 5.63, 1.79),
-)
 
 
 def prepare(dataset: Path, out: Path) -> None:

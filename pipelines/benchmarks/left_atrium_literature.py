@@ -28,22 +28,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-import numpy as np
 import torch
 from _common import print_table, write_results
-from _left_atrium import (
-    DEVIATIONS,
-    HELD_OUT,
-    LEAKS,
-    METRICS,
-    PUBLISHED,
-    made,
-    prepare,
-    segment,
-    subset,
-    unpacked,
-    voxel_scores,
-)
+from _left_atrium import HELD_OUT, made, prepare, segment, subset, unpacked, voxel_scores
+from _left_atrium_table import DEVIATIONS, LEAKS, PUBLISHED, rows_of, show, shown
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -52,7 +40,6 @@ from medssl.augmentation.policy import policy_for
 from medssl.config import apply_overrides
 from medssl.data.loader import CropLoader
 from medssl.data.sampling import CropSettings
-from medssl.evaluation.bootstrap import estimate
 from medssl.evaluation.segmentation import largest_part
 from medssl.files import write_json
 from medssl.networks.architecture import architecture
@@ -73,8 +60,6 @@ from medssl.transfer.overlay import overlay
 
 METHODS = ("supervised", "mean-teacher", "uncertainty-teacher", "cps", "bcp", "tracoco")
 FULL_STEPS = 6000
-#: What runs that are compared have in common.
-KIND = ("labelled", "network", "pretrained", "seed", "steps")
 STUDENT = {"predict_with": "student"}
 #: What a method is told beside its defaults. V-Net itself drops channels.
 OWN: dict[str, dict[str, Any]] = {
@@ -153,7 +138,7 @@ def main(given: Sequence[str] | None = None) -> None:
     found = []
     for run in runs:
         found.append(run.done())
-        print_table([_shown(row) for row in rows_of(found)[-2:]])
+        print_table([shown(row) for row in rows_of(found)[-2:]])
     show(found)
     kept = [json.loads(path.read_text()) for path in sorted(options.workdir.glob("*/scores.json"))]
     full = [run for run in kept if run["steps"] >= FULL_STEPS]
@@ -322,59 +307,6 @@ class Content:
         """Return it after some steps; `state` is None after the last one."""
         weights = contiguous_weights(self.method.predictor.state_dict())
         return {"network_weights": weights, "medssl": {"method": self.settings.method, "step": step, "training": state}}
-
-
-def rows_of(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row for each run and post-processing, beside the supervised run with as many labels.
-
-    Distances are means over the cases where they are defined; `undefined` counts the others.
-    """
-    alone = {
-        (run["labelled"], run["network"], run["pretrained"]): run for run in found if run["method"] == "supervised"
-    }
-    rows = []
-    for run in found:
-        for part in ("whole", "largest part"):
-            cases = {case: scores[part] for case, scores in run["cases"].items()}
-            values = {
-                metric: [np.nan if case[metric] is None else case[metric] for case in cases.values()]
-                for metric in METRICS
-            }
-            row = {name: run[name] for name in ("method", *KIND)} | {"mask": part}
-            row |= {metric: estimate(numbers).mean for metric, numbers in values.items()}
-            row["undefined"] = int(np.isnan(values["hd95"]).sum())
-            control = alone.get(_kind(run))
-            if control is not None and control is not run:
-                theirs = [scores[part]["dice"] for scores in control["cases"].values()]
-                more = estimate([mine - other for mine, other in zip(values["dice"], theirs, strict=True)])
-                row |= {"dice more": more.mean, "dice more, 95%": [more.low, more.high]}
-            rows.append({**row, "s a step": run["seconds a step"]})
-    return rows
-
-
-def _kind(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[name] for name in KIND)
-
-
-def show(found: Sequence[dict[str, Any]]) -> None:
-    """Print the rows, the published ones, and what is wrong with comparing them."""
-    rows = [_shown(row) for row in rows_of(found)]
-    names = dict.fromkeys(name for row in rows for name in row)
-    print_table([{name: row.get(name, "-") for name in names} for row in rows])
-    print("\nPublished (Dice and Jaccard in percent, distances in voxels, 20 other volumes):")
-    print_table(PUBLISHED)
-    for title, lines in (("Leaks of this protocol", LEAKS), ("Different here", DEVIATIONS)):
-        print(f"\n{title}:", *lines, sep="\n- ")
-
-
-def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: _text(value) for name, value in row.items()}
-
-
-def _text(value: Any) -> Any:
-    if isinstance(value, list):
-        return f"[{', '.join(_text(each) for each in value)}]"
-    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

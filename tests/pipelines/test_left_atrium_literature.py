@@ -12,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from medssl.augmentation.policy import policy_for
+from medssl.data.draw import Draw
 from medssl.training.checkpoint import load_checkpoint
+from tests.semisupervised.helpers import paired
 
 BENCHMARKS = Path(__file__).parents[2] / "pipelines" / "benchmarks"
 
@@ -97,6 +100,23 @@ def test_an_empty_prediction_is_undefined_and_not_perfect(parts: ModuleType, pro
     }  # fmt: skip
     row = program.rows_of([run])[0]
     assert row["dice"] == 0.5 and row["hd95"] == 0 and row["undefined"] == 1
+
+
+def test_crops_are_turned_by_quarters_and_mirrored_in_the_plane_and_nothing_else(
+    program: ModuleType, parts: ModuleType, tmp_path: Path
+) -> None:
+    store = parts.made(tmp_path / "store", 6, (20, 24, 24))
+    settings = program.Run(tmp_path, store, "supervised", 2, program.QUICK, program.options_of([])).settings
+    policy = policy_for("weak", {"MR"}, (16, 16, 16), settings.augmentation)
+    assert settings.of_method().labelled_policy == "weak" and policy.read_size == (16, 16, 16)
+    batch = paired(dimensions=3, labelled=64).labelled
+    batch.image = batch.image[:1, :, 4:20, 4:20, 4:20].expand(64, -1, -1, -1, -1)
+    batch.label, batch.valid = None, torch.tensor([[0, 16]] * 3).expand(64, 3, 2)
+    shown = policy.view(batch, Draw(0, batch.sample_index)).image
+    turned = [batch.image[0].rot90(turns, (2, 3)) for turns in range(4)]
+    alike = [[torch.equal(view, image) for image in [*turned, *(image.flip(3) for image in turned)]] for view in shown]
+    assert all(sum(row) == 1 for row in alike)
+    assert torch.tensor(alike).any(dim=0).all()
 
 
 def test_the_unlabelled_part_has_no_way_to_a_label(parts: ModuleType, tmp_path: Path) -> None:
