@@ -17,12 +17,9 @@ from medssl.archive.index import index
 from medssl.archive.load import open_index
 from medssl.errors import MedsslError
 from medssl.inference.predict import predict
-from medssl.preprocessing.run import preprocess
-from medssl.preprocessing.store import Store
 from medssl.training.checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from tests.archive.archive_files import write_nifti
 from tests.inference.tiny_models import make_model, read_mask, write_volume
-from tests.preprocessing.raw import make_raw
 
 
 def at_every_write(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], check: Callable[[], None]) -> int:
@@ -80,20 +77,6 @@ def test_a_full_disk_during_an_index_leaves_nothing_half_written_and_resume_ends
 
     assert at_every_write(monkeypatch, work, check) >= 4
     assert len(open_index(out).rows()) == 1
-
-
-@pytest.mark.slow
-def test_a_full_disk_during_preprocessing_keeps_whole_volumes_and_resume_ends_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raw, out = make_raw(tmp_path / "raw", n=2), tmp_path / "store"
-    preprocess(raw, tmp_path / "whole", workers=1, quiet=True)
-
-    def check() -> None:
-        assert not [path for path in out.glob(".*") if path.name != ".lock"]
-
-    at_every_write(monkeypatch, lambda: preprocess(raw, out, workers=1, resume=out.exists(), quiet=True), check)
-    assert Store.open(out).hash == Store.open(tmp_path / "whole").hash
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_no_verb_tells_an_identity_from_the_archive_to_the_report(place: Path) -
     table = _table(place)
     medssl(
         "finetune", "classification", "--dataset", table, "--checkpoint", "pretrained", "--out", "classification",
-        "--steps", "2", "--val-every", "2", "--batch-size", "2", *small,
+        "--modality", "CT", "--steps", "2", "--val-every", "2", "--batch-size", "2", *small,
     )  # fmt: skip
     medssl("predict", "--model", "segmentation", "--input", "archive", "--out", "prediction", "--device", "cpu")
     # A classifier names image files by their relative path, by which labels are found; DICOM series by their id.
