@@ -41,8 +41,8 @@ def _row(method: str, labelled: int, checkpoint: str, source: str, *values: floa
     }  # fmt: skip
 
 
-#: Dice and Jaccard in percent, distances in voxels, of 20 test volumes. Only rows whose source was read: those of the
-#: supervised V-Net, of mean teacher and of CPS were not found in one.
+#: Dice and Jaccard in percent, distances in voxels, of 20 test volumes, as noted from the named repositories. Left out
+#: is what is known from memory alone, the supervised V-Net's row too; for mean teacher and CPS none was found.
 PUBLISHED = (
     _row("UA-MT", 8, "last", "DTC's and TraCoCo's repositories", 84.25, 73.48, 13.84, 3.36),
     _row("UA-MT", 8, "not said", "repeated by CrossMatch", 85.81, 75.41, 18.25, 5.04),

@@ -8,7 +8,7 @@ of the student (of two networks the first); windows of that size every 18 x 18 x
 probabilities, Dice, Jaccard, 95HD and ASD in voxels. The first N of the public list are labelled. The leaks of this
 protocol, and what is done differently here, are printed with the table and beside the published rows.
 
-The first command needs nibabel; its file, about 45 MB, is all that a GPU machine needs beside medssl. The second one
+The first command needs nibabel; its file, about 43 MB, is all that a GPU machine needs beside medssl. The second one
 trains and tests one run after the other, each in a folder of W: what is done is not done again, what was interrupted is
 gone on with. Mixed precision (bfloat16) on a GPU; at full size, a CPU takes days. Runs of at least 6000 steps go into
 the JSON, all that W holds. `--quick` shows on made data that everything runs; it writes nothing.

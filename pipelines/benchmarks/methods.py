@@ -4,8 +4,8 @@
 
 Every registered method takes steps on resenc-xs with its defaults, float32, one thread, on the same synthetic volumes:
 3D patches of 32 with batch 4, 2D patches of 64 with batch 8. Each method has a process of its own, which also runs the
-masked autoencoder, in turns, so that what else the machine does falls on both. Memory is by how much two
-steps of the method raise the process's peak. Takes about ten minutes.
+masked autoencoder, in turns, so that what else the machine does falls on both. Time is the
+processor's. Memory is by how much two steps of the method raise the process's peak. Takes about ten minutes of a core.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Every registered method takes steps on resenc-xs with its defaults, float32, one
 tenths of a run, where every ramp has risen: segmentation of patches of 32 x 32 x 32 with 2 labelled and 2 unlabelled
 samples, classification of 64 x 64 with 8 and 8. Each method has a process of its own, which also runs the supervised
 control, in turns. The control sees the labelled samples alone, as in a run, so that a ratio is what a user pays for the
-unlabelled ones. Memory is by how much two steps raise the process's peak. Takes about ten minutes.
+unlabelled ones. Time is the processor's. Memory is by how much two steps raise the process's peak. Takes about ten
+minutes of a core.
 """
 
 from __future__ import annotations
