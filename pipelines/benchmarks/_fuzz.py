@@ -6,6 +6,7 @@ import gzip
 import os
 import struct
 import sys
+import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,24 +46,26 @@ class Read:
         fault: Empty, or what is wrong with a volume that was accepted.
         peak_mb: Largest memory of the process so far, in MiB.
         grown_mb: By how much this input raised it.
+        seconds: Processor time of this input.
     """
 
     end: str
     fault: str
     peak_mb: float
     grown_mb: float
+    seconds: float = 0.0
 
 
 def read_damaged(item: Input) -> Read:
     """Write a damaged file, read it through the archive's reading path, and remove it."""
-    before = _peak_mb()
     path = Path(item.folder) / f"{os.getpid()}"
     path.write_bytes(damaged(item.seed, item.number)[1])
+    before, begun = _peak_mb(), time.process_time()
     try:
         end, fault = _read(path, "strict" if item.number % 2 else "repair")
     finally:
         path.unlink()
-    return Read(end, fault, _peak_mb(), _peak_mb() - before)
+    return Read(end, fault, _peak_mb(), _peak_mb() - before, time.process_time() - begun)
 
 
 def damaged(seed: int, number: int) -> tuple[str, bytes]:

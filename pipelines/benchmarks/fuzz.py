@@ -28,6 +28,7 @@ from _fuzz import Input, Read, damaged, read_damaged, sources  # noqa: E402
 
 from medssl.archive.codes import CODES  # noqa: E402
 from medssl.archive.sandbox import Limits, Pool  # noqa: E402
+from medssl.archive.sandbox_worker import Outcome  # noqa: E402
 
 #: Address space of a process; what it really used is measured besides.
 ADDRESS_SPACE_MB = 1536
@@ -43,6 +44,7 @@ class Report:
         kinds: Inputs by file that was damaged.
         unforeseen: Inputs that a library or our reader ended with an exception that names no code of its own, by place.
         findings: (number, what) of each escape, hang and excess of memory.
+        late: Inputs that ended in time only when they were tried again.
         peak_mb: Largest memory of a process.
         seconds: Time of the run.
     """
@@ -51,6 +53,7 @@ class Report:
     kinds: Counter[str] = field(default_factory=Counter)
     unforeseen: Counter[str] = field(default_factory=Counter)
     findings: list[tuple[int, str]] = field(default_factory=list)
+    late: int = 0
     peak_mb: float = 0.0
     seconds: float = 0.0
 
@@ -71,7 +74,7 @@ def fuzz(
         seed: Decides the damage together with the input's number.
         seconds: Time after which no more inputs are begun.
         workers: Processes.
-        hang: Seconds that one input may take.
+        hang: Seconds that one input may take: of the clock, or tried again with more, of the processor.
         memory_mb: Resident memory that a process may reach, in MiB.
     """
     report = Report()
@@ -84,29 +87,41 @@ def fuzz(
                 return
             yield Input(number, seed, folder)
 
-    limits = Limits(memory_mb=ADDRESS_SPACE_MB, seconds=hang)
+    def enter(item: Input, outcome: Outcome) -> None:
+        read = outcome.value if isinstance(outcome.value, Read) else Read(outcome.code, "", 0.0, 0.0)
+        report.ends[read.end] += 1
+        report.kinds[names[item.number % len(names)]] += 1
+        report.peak_mb = max(report.peak_mb, read.peak_mb)
+        if outcome.code in ("decode_failed", "decode_crashed"):
+            report.unforeseen[outcome.detail] += 1
+        finding = _finding(read, memory_mb, hang)
+        if finding:
+            report.findings.append((item.number, finding))
+
+    limits, patient = (Limits(memory_mb=ADDRESS_SPACE_MB, seconds=seconds) for seconds in (hang, 20 * hang))
+    late = []
     with tempfile.TemporaryDirectory() as folder, Pool(workers, limits) as pool:
         for item, outcome in pool.map(read_damaged, inputs(folder), batch=BATCH):
-            read = outcome.value if isinstance(outcome.value, Read) else Read(outcome.code, "", 0.0, 0.0)
-            report.ends[read.end] += 1
-            report.kinds[names[item.number % len(names)]] += 1
-            report.peak_mb = max(report.peak_mb, read.peak_mb)
-            if outcome.code in ("decode_failed", "decode_crashed"):
-                report.unforeseen[outcome.detail] += 1
-            finding = _finding(read, memory_mb)
-            if finding:
-                report.findings.append((item.number, finding))
+            if outcome.code == "decode_timeout":
+                late.append(item)
+            else:
+                enter(item, outcome)
+        # On a busy machine the start of a process alone may take the time of one input: these get more of the clock,
+        # and their processor time is what counts.
+        for item, outcome in pool.map(read_damaged, late, limits=patient):
+            report.late += outcome.code != "decode_timeout"
+            enter(item, outcome)
     report.findings.sort()
     report.seconds = time.monotonic() - begun
     return report
 
 
-def _finding(read: Read, memory_mb: float) -> str:
+def _finding(read: Read, memory_mb: float, hang: float) -> str:
     if read.end not in CODES and read.end not in ("volume", "related"):
         return f"escape: the end '{read.end}' is no documented code"
     if read.fault:
         return f"escape: {read.fault}"
-    if read.end == "decode_timeout":
+    if read.end == "decode_timeout" or read.seconds > hang:
         return "hang"
     if read.end == "decode_memory" or (read.peak_mb > memory_mb and read.grown_mb > 0):
         return f"memory: {read.peak_mb:.0f} MiB"
@@ -129,6 +144,7 @@ def main() -> None:
     report = fuzz(arguments.mutations, seed=arguments.seed, seconds=arguments.seconds, workers=arguments.workers)
     print_table([{"end": end, "inputs": count} for end, count in report.ends.most_common()])
     print(f"\n{report.count} inputs in {report.seconds:.0f} s, at most {report.peak_mb:.0f} MiB in a process.")
+    print(f"{report.late} were late, and in time when tried again.")
     for place, count in report.unforeseen.most_common(20):
         print(f"  {count:6d} contained: {place}")
     for number, what in report.findings:
@@ -140,6 +156,7 @@ def main() -> None:
             "read": report.count,
             "seconds": round(report.seconds, 1),
             "workers": arguments.workers,
+            "in_time_only_when_tried_again": report.late,
             "peak_mb": round(report.peak_mb, 1),
             "ends": dict(report.ends.most_common()),
             "kinds": dict(report.kinds),

@@ -23,6 +23,14 @@ def test_damaged_headers_end_in_a_volume_or_a_documented_code() -> None:
     assert 0 < report.peak_mb < 400
 
 
+def test_what_is_late_is_tried_again_with_more_of_the_clock() -> None:
+    import fuzz
+
+    # A process cannot start in this time; the second time it has 20 times of it.
+    report = fuzz.fuzz(3, seed=7, hang=0.25)
+    assert report.count == 3 and report.late + sum("hang" in what for _, what in report.findings) >= 1
+
+
 def test_seed_and_number_decide_the_damage() -> None:
     import _fuzz
 
@@ -58,5 +66,6 @@ def test_escapes_hangs_and_memory_are_told(end: str, fault: str, peak_mb: float,
     import fuzz
     from _fuzz import Read
 
-    finding = fuzz._finding(Read(end, fault, peak_mb, 1.0), 1024.0)
+    finding = fuzz._finding(Read(end, fault, peak_mb, 1.0), 1024.0, 10.0)
+    assert fuzz._finding(Read("volume", "", 1.0, 0.0, seconds=11.0), 1024.0, 10.0) == "hang"
     assert (told in finding) and bool(finding) == bool(told)
