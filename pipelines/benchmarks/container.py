@@ -62,7 +62,8 @@ def main() -> None:
                 "base": "Debian bookworm by debootstrap under the name of python:3.11-slim-bookworm",
                 "seconds": {
                     "base": round(base_seconds, 1),
-                    "build": round(built["seconds"], 1),
+                    "build": built["seconds"],
+                    "build_processor": built["processor_seconds"],
                     "all": round(seconds, 1),
                 },
                 "steps": built["steps"],
