@@ -120,3 +120,8 @@ def _names(model: type[BaseModel], path: Sequence[Any]) -> list[str]:
 
 def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _deep_copy(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def part_of(settings: Settings, model: type[SettingsT]) -> SettingsT:
+    """Return the settings of one model from those that stand on one level with them, for example a method's own."""
+    return model(**{name: getattr(settings, name) for name in model.model_fields})

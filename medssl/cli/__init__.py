@@ -16,10 +16,10 @@ from medssl.screen import complain, say
 
 # In the order in which `--help` shall list their verbs.
 # isort: off
-from medssl.cli import archive, training, semisupervised, evaluation, exchange, lists
+from medssl.cli import archive, training, semisupervised, prediction, evaluation, exchange, lists
 # isort: on
 
-__all__ = ["app", "archive", "evaluation", "exchange", "lists", "main", "semisupervised", "training"]
+__all__ = ["app", "archive", "evaluation", "exchange", "lists", "main", "prediction", "semisupervised", "training"]
 
 
 def main() -> None:

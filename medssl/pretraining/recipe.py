@@ -11,7 +11,7 @@ from pydantic import Field, create_model
 
 from medssl import registry
 from medssl.augmentation.policy import AugmentationSettings
-from medssl.config import Settings, SettingsT, check_settings
+from medssl.config import Settings, SettingsT, check_settings, part_of
 from medssl.errors import DataError, UsageError
 from medssl.networks.architecture import Architecture, architecture
 from medssl.preprocessing.store import Store
@@ -90,8 +90,7 @@ class PretrainingSettings(TrainingSettings):
 
     def of_method(self) -> Settings:
         """Return the method's own settings alone."""
-        model = registry.method(self.method).load_settings()
-        return model(**{name: getattr(self, name) for name in model.model_fields})
+        return part_of(self, registry.method(self.method).load_settings())
 
 
 def recipe_model(method: str) -> type[PretrainingSettings]:

@@ -15,7 +15,7 @@ from pydantic import Field, create_model
 from torch import Tensor
 
 from medssl import registry_semisupervised as registry
-from medssl.config import Settings, apply_overrides, check_settings, read_yaml
+from medssl.config import Settings, apply_overrides, check_settings, part_of, read_yaml
 from medssl.data.target_files import read_unlabelled
 from medssl.data.targets import Case, Targets
 from medssl.errors import UsageError
@@ -225,10 +225,9 @@ class _Run(Run):
                 network.to(fabric.device)
                 fit_head_scale(network, train_set, images.patch, self.settings.batch_size)
         own = registry.semisupervised(self.learner.name).load_settings()
-        values = {name: getattr(self.learner.settings, name) for name in own.model_fields}
         task = ClassificationTask(len(images.targets.classes))
         # Teachers are copies: the head's scale is fitted before they are made.
-        return kind(networks, task, images.policy.sibling("weak"), own(**values))
+        return kind(networks, task, images.policy.sibling("weak"), part_of(self.learner.settings, own))
 
     def job(self, method: Method, train_set: ImageSet, fabric: Fabric) -> Job:
         """Return the work of the loop."""

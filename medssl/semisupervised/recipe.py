@@ -9,7 +9,7 @@ from pydantic import Field, create_model
 
 from medssl import registry_semisupervised as registry
 from medssl.augmentation.policy import AugmentationSettings
-from medssl.config import Settings, check_settings
+from medssl.config import Settings, check_settings, part_of
 from medssl.errors import UsageError
 from medssl.semisupervised.method import SemiSupervised
 from medssl.training.devices import Machine
@@ -41,8 +41,7 @@ class SemiTrainingSettings(TrainingSettings):
 
     def of_method(self) -> Settings:
         """Return the method's own settings alone."""
-        model = registry.semisupervised(self.method).load_settings()
-        return model(**{name: getattr(self, name) for name in model.model_fields})
+        return part_of(self, registry.semisupervised(self.method).load_settings())
 
 
 def recipe_model(method: str) -> type[SemiTrainingSettings]:

@@ -14,6 +14,7 @@ import torch
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 # Cases of small data sets are kept decoded: up to so many voxels (about 0.8 GB with image and label).
@@ -72,18 +73,22 @@ class StepBatches(Dataset[dict[str, Any]]):
         return {"data": batch["data"], "target": batch["target"]}
 
     def stream_from(self, start: int, stop: int, *, workers: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
-        """Yield the batches of the steps from `start` to `stop`, made in this process or in workers, in order."""
-        return iter(
-            DataLoader(
-                self,
-                batch_size=None,
-                sampler=range(start, stop),
-                num_workers=workers,
-                pin_memory=pin_memory,
-                worker_init_fn=_one_thread,
-                prefetch_factor=2 if workers else None,
-            )
+        """Yield the batches of the steps from `start` to `stop`, made in this process or in workers, in order.
+
+        Workers send arrays through a pipe. Tensors would go through `/dev/shm`, which has 64 MB in a container by
+        default: two crops of 128^3 on their way fill it, and the worker ends.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=workers,
+            collate_fn=_arrays if workers else None,
+            worker_init_fn=_one_thread,
+            prefetch_factor=2 if workers else None,
         )
+        for batch in loader:
+            yield {name: _tensors(value, pin_memory) for name, value in batch.items()}
 
 
 def make_repeatable(transforms: Any) -> None:
@@ -92,6 +97,21 @@ def make_repeatable(transforms: Any) -> None:
         inner = transform.transform if isinstance(transform, RandomTransform) else transform
         if isinstance(inner, GaussianBlurTransform):
             inner.benchmark = False
+
+
+def _arrays(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _arrays(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_arrays(item) for item in value]
+    return value.numpy() if isinstance(value, Tensor) else value
+
+
+def _tensors(value: Any, pin_memory: bool) -> Any:
+    if isinstance(value, list | tuple):
+        return [_tensors(item, pin_memory) for item in value]
+    tensor = torch.as_tensor(value)
+    return tensor.pin_memory() if pin_memory else tensor
 
 
 def _one_thread(worker: int) -> None:

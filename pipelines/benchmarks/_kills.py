@@ -147,7 +147,7 @@ def _read_whole(path: Path) -> None:
     elif path.suffix == ".pth":
         if fault := damage(path):
             raise ValueError(fault)
-        torch.load(path, map_location="cpu", weights_only=False)
+        load_checkpoint(path, numpy_scalars=True)
     elif path.suffix == ".b2nd":
         blosc2.open(str(path), mode="r")[:]
     elif path.name.endswith(".nii.gz"):
