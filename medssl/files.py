@@ -108,6 +108,18 @@ def prepare_output_folder(
             path.unlink()
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed, below a folder that this process holds.
+
+    A folder below with a lock of its own is left to the command that takes it: another one may be writing there.
+    """
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not (Path(place, name) / LOCK_FILE).exists()]
+        for name in names:
+            if _LEFTOVER.fullmatch(name):
+                Path(place, name).unlink(missing_ok=True)
+
+
 def check_output_folder(
     out: Path, *, resume: bool | None, overwrite: bool, owned: Callable[[Path], bool] | None = None
 ) -> None:

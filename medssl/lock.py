@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from medssl.errors import UsageError
-from medssl.files import LOCK_FILE, check_output_folder, prepare_output_folder
+from medssl.files import LOCK_FILE, check_output_folder, prepare_output_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def claimed_folder(
         check_output_folder(out, resume=resume, overwrite=overwrite, owned=owned)
     with run_lock(out):
         prepare_output_folder(out, resume=resume, overwrite=overwrite, owned=owned)
+        remove_leftovers(out)
         yield
 
 

@@ -73,6 +73,28 @@ def test_what_a_command_left_that_was_killed_at_once_counts_as_empty(tmp_path: P
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
 
 
+def test_what_a_killed_command_left_in_its_folders_is_removed_by_the_next_one_but_not_what_another_writes(
+    tmp_path: Path,
+) -> None:
+    name = f".{'0f' * 16}-checkpoint.pth"
+    (tmp_path / "fold_0").mkdir()
+    (tmp_path / "other").mkdir()
+    for place in (tmp_path, tmp_path / "fold_0", tmp_path / "other"):
+        (place / name).touch()
+        (place / "checkpoint.pth").touch()
+    (tmp_path / ".notes").touch()
+    with held(tmp_path / "other"), claimed_folder(tmp_path, resume=True, overwrite=False):
+        assert (tmp_path / "other" / name).exists()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        ".notes",
+        "checkpoint.pth",
+        "fold_0/checkpoint.pth",
+        "other/" + name,
+        "other/.lock",
+        "other/checkpoint.pth",
+    ]
+
+
 def test_a_lock_whose_file_was_removed_by_its_last_holder_is_taken_anew(tmp_path: Path) -> None:
     with run_lock(tmp_path):
         (tmp_path / LOCK_FILE).unlink()

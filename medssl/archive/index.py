@@ -19,7 +19,7 @@ from medssl.archive.settle import settle
 from medssl.archive.stages import Stages
 from medssl.archive.summary import IndexSummary
 from medssl.errors import MedsslError, UsageError, unknown_name
-from medssl.files import prepare_output_folder, write_bytes
+from medssl.files import prepare_output_folder, remove_leftovers, write_bytes
 from medssl.progress import progress
 
 GEOMETRIES = ("strict", "repair")
@@ -137,6 +137,7 @@ def opened(
         _prepare(out, resume=resume, overwrite=overwrite)
         private = make_private(out)
         with locked(out), disk_errors(private):
+            remove_leftovers(out)
             pseudonyms = open_key(private, key_file)
             cache = Cache(cache_path(out), geometry)
             try:

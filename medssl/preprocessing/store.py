@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medssl.errors import DataError, UsageError
-from medssl.files import write_json
+from medssl.files import remove_leftovers, write_json
 from medssl.preprocessing.codec import LOSSLESS, Encoding
 from medssl.preprocessing.store_files import (
     LABEL_SUFFIX,
@@ -37,7 +37,6 @@ from medssl.preprocessing.store_files import (
     read_info,
     read_json,
     read_table,
-    remove_leftovers,
     table_row,
     volume_is_complete,
     write_volume,

@@ -41,8 +41,6 @@ COMPRESSOR, LEVEL, FILTER = blosc2.Codec.LZ4HC, 1, blosc2.Filter.NOFILTER
 _HASHES = ("voxels_sha256", "facts_sha256")
 _TABLE = ("modality", "patient_key", "split", "shape", "spacing_mm", "has_label", "voxels_sha256")
 _SHARED = ("modality", "split", "patient_key", "shape", "spacing_mm")
-
-_TEMPORARY = re.compile(r"\.[0-9a-f]{32}-.+")
 _SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 
@@ -197,13 +195,6 @@ def volume_is_complete(out: Path, volume_id: str, *, verify: bool = False) -> bo
     except (OSError, MedsslError, KeyError, AttributeError, TypeError, ValueError):
         return False
     return True
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove the temporary files of a process that was killed."""
-    for path in out.iterdir():
-        if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def number_of(volume_id: str) -> int:
