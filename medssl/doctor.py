@@ -126,7 +126,7 @@ def _shared_memory() -> Finding:
         return Finding(
             "shared memory",
             "limited",
-            f"{size:.0f} MiB: workers of fine-tuning need more, in a container --shm-size 1g; --workers 0 needs none",
+            f"{size:.0f} MiB: training on several GPUs needs more, in a container --shm-size 1g; one GPU does not",
         )
     return Finding("shared memory", "ok", f"{size:.0f} MiB")
 
