@@ -33,6 +33,7 @@ from medssl.semisupervised.classification import semisupervise_classification
 from medssl.training.checkpoint import find_checkpoint, load_checkpoint
 from medssl.training.metrics import read_metrics
 from medssl.transfer.classification import finetune_classification
+from medssl.transfer.classification_run import UNCALIBRATED
 from medssl.transfer.classification_settings import ClassificationSettings
 from medssl.transfer.images import ImageOptions, volume_store
 
@@ -214,15 +215,14 @@ class Classification:
         ours = {
             theirs.name: case for theirs, case in zip(written.of("validation"), derived.of("validation"), strict=True)
         }
-        table = read_probabilities(job.folder / "validation" / "probabilities.csv")
+        # Those of probabilities.csv are calibrated in parts, by the targets of cases that are reported here.
+        table = read_probabilities(job.folder / "validation" / UNCALIBRATED)
         cases = [ours[name] for name in table.cases]
         state = load_checkpoint(find_checkpoint(job.folder))["medssl"]
         place = {case.name: number for number, case in enumerate(cases)}
         rows = [[place[name] for name in part] for part in (job.selection, job.validation)]
         targets = derived.array(cases)
-        values = tempered_anew(
-            table.values, targets, self.targets.kind, float(state["classification"]["temperature"]), rows[0]
-        )
+        values = tempered_anew(table.values, targets, self.targets.kind, 1.0, rows[0])
         answers = [
             Answers(self.targets.kind, self.targets.classes, part, values[chosen], targets[chosen])  # type: ignore[arg-type]
             for part, chosen in zip((job.selection, job.validation), rows, strict=True)

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 #: The weights with the least validation loss so far, for `select: best`.
 BEST = "best.pth"
+#: The probabilities of the validation cases at temperature 1.
+UNCALIBRATED = "uncalibrated.csv"
 #: Parts that calibrate each other.
 _PARTS = 5
 
@@ -202,8 +204,9 @@ def finish(out: Path, last: Path, images: Images, settings: ClassificationSettin
     """Fit the temperature on validation, put it into the checkpoint, and write the probabilities.
 
     Those of a validation case are calibrated without its patient: by the temperature of the other four fifths of the
-    patients, so that calibration is not measured on what it was fitted to. Cases of the split `test` are looked at
-    here for the first time, with the temperature of all validation cases.
+    patients, so that calibration is not measured on what it was fitted to. Five temperatures do not keep the order of
+    the cases, so that `validation/uncalibrated.csv` has the probabilities before any. Cases of the split `test` are
+    looked at here for the first time, with the temperature of all validation cases.
 
     Args:
         out: The RUN.
@@ -228,6 +231,7 @@ def finish(out: Path, last: Path, images: Images, settings: ClassificationSettin
         save_checkpoint(last, content)
     calibrated = _calibrated_apart(logits, truth, kind, validation.cases)
     _write(out / "validation" / "probabilities.csv", targets, validation.cases, calibrated)
+    _write(out / "validation" / UNCALIBRATED, targets, validation.cases, probabilities_of(logits, kind))
     if targets.of("test"):
         test = images.of("test")
         values = probabilities_of(logits_of(test), kind, temperature)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from medssl.data.probabilities import read_probabilities
 from medssl.data.target_files import read_targets
 from medssl.data.targets import draw_labelled
 from medssl.protocol.classification import Classification
@@ -92,6 +93,15 @@ def test_classification_by_the_same_command(tmp_path: Path) -> None:
     assert json.loads((run / "data.json").read_text())["counts"]["train"] == 6
     strong = yaml.safe_load((next(run.parent.glob("strong_*")) / "recipe.yaml").read_text())
     assert strong["augmentation"]["policy"].endswith("strong.yaml")
+    # One temperature for all cases: they are reported in the order in which the classifier put them.
+    for folder in run.parent.iterdir():
+        score = json.loads((tmp_path / "out" / "scores" / "spots" / f"{folder.name}.json").read_text())
+        reported = np.concatenate([score[part]["probabilities"] for part in ("selection", "validation")])
+        plain, odds = (
+            np.sort(np.log(values[:, 1] / values[:, 0]))
+            for values in (read_probabilities(folder / "validation" / "uncalibrated.csv").values, reported)
+        )
+        assert plain * (odds @ plain) / (plain @ plain) == pytest.approx(odds, rel=1e-3, abs=1e-5 * np.abs(odds).max())
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from medssl.inference.predict import predict
 from medssl.pretraining.run import pretrain
 from medssl.training.checkpoint import load_checkpoint, newest_intact
 from medssl.training.metrics import read_metrics
+from medssl.training.scores import classification_metrics
 from medssl.transfer.classifier_files import load_classifier
 from medssl.transfer.source import load_source
 from tests.transfer.toy_images import finetune, toy_image, write_npz, write_pictures, write_volumes
@@ -66,6 +67,15 @@ def test_a_toy_problem_is_learned_in_two_dimensions(learned: Path) -> None:
     assert (table.values.argmax(axis=1) == truth).mean() > 0.9
     last = [row for row in read_metrics(learned) if "validation/auroc" in row][-1]
     assert last["step"] == 40 and last["validation/auroc"] > 0.95
+
+
+def test_what_is_not_calibrated_is_what_the_last_look_measured(learned: Path) -> None:
+    table = read_probabilities(learned / "validation" / "uncalibrated.csv")
+    assert table.cases == read_probabilities(learned / "validation" / "probabilities.csv").cases
+    truth = np.array([table.classes.index(name) for name in table.targets])
+    last = [row for row in read_metrics(learned) if "validation/nll" in row][-1]
+    measured = classification_metrics(table.values, truth, "multiclass")
+    assert measured["nll"] == pytest.approx(last["validation/nll"], rel=1e-4)
 
 
 def test_a_run_has_the_files_of_every_run(learned: Path) -> None:
