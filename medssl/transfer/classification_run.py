@@ -231,7 +231,7 @@ def finish(out: Path, last: Path, images: Images, settings: ClassificationSettin
         save_checkpoint(last, content)
     calibrated = _calibrated_apart(logits, truth, kind, validation.cases)
     _write(out / "validation" / "probabilities.csv", targets, validation.cases, calibrated)
-    _write(out / "validation" / UNCALIBRATED, targets, validation.cases, probabilities_of(logits, kind))  # type: ignore[arg-type]  # type: ignore[arg-type]
+    _write(out / "validation" / UNCALIBRATED, targets, validation.cases, probabilities_of(logits, kind))  # type: ignore[arg-type]
     if targets.of("test"):
         test = images.of("test")
         values = probabilities_of(logits_of(test), kind, temperature)  # type: ignore[arg-type]
