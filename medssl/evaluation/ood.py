@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from medssl.errors import DataError
 from medssl.evaluation.bootstrap import LEVEL, RESAMPLES, resampled_counts
 from medssl.evaluation.classification_result import Interval
-from medssl.training.heads import Cases, Logistic, linear_probe, unit
+from medssl.training.heads import Cases, Logistic, linear_probe
 from medssl.training.ranking import Floats, Ranking
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ class Detector:
     - `mahalanobis` (Lee et al., NeurIPS 2018): squared distance to the nearest class mean, or to the one mean without
       labels, by one covariance of all classes, shrunk as Ledoit and Wolf (2004) so that it can be inverted with fewer
       volumes than dimensions.
-    - `knn` (Sun et al., ICML 2022): distance to the k-th nearest training volume on the sphere, k the root of their
-      number, after standardising.
+    - `knn` (Sun et al., ICML 2022): distance to the k-th nearest training volume, k the root of their number, after
+      standardising. Unlike theirs not on the sphere: standardised features have their origin in the middle of the known
+      ones, so that their length is how far away they are, and a sphere forgets it.
     - `norm`: the negative length of the feature; unexpected samples get short ones (Draganov et al., 2025).
     - `energy` (Liu et al., NeurIPS 2020): negative log-sum-exp of a linear classifier's outputs; with labels.
     - `softmax` (Hendrycks and Gimpel, ICLR 2017): negative largest probability of that classifier; with labels.
@@ -82,7 +83,7 @@ class Detector:
         self._root = np.linalg.cholesky(
             covariance + 1e-9 * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
         )
-        self._known = unit(z)
+        self._known = z
         self.neighbours = int(np.clip(round(np.sqrt(len(z))), 1, MOST_NEIGHBOURS))
         self._classifier: Logistic | None = None
         if targets is not None and len(np.unique(targets)) > 1:
@@ -97,16 +98,17 @@ class Detector:
         Raises:
             DataError: If a feature is not a number.
         """
+        from scipy.spatial.distance import cdist
+
         x = np.asarray(features, np.float64)
         if not np.isfinite(x).all():
             raise DataError("Features that are not numbers have no score of strangeness: look at the volumes.")
         z = self._standardised(x)
         apart = [((np.linalg.solve(self._root, (z - centre).T)) ** 2).sum(axis=0) for centre in self._centres]
-        cosine = unit(z) @ self._known.T
-        nearest = -np.partition(-cosine, self.neighbours - 1, axis=1)[:, self.neighbours - 1]
+        nearest = np.partition(cdist(z, self._known), self.neighbours - 1, axis=1)
         found = {
             "mahalanobis": np.min(apart, axis=0),
-            "knn": np.sqrt(np.maximum(2 - 2 * nearest, 0)),
+            "knn": nearest[:, self.neighbours - 1],
             "norm": -np.linalg.norm(x, axis=1),
         }
         if self._classifier is not None:

@@ -44,8 +44,8 @@ def test_with_labels_the_nearest_class_mean_counts() -> None:
 def test_the_other_scores_by_hand() -> None:
     train = np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
     found = Detector(train)(np.array([[2.0, 2.0], [3.0, 0.0]]))
-    # k is the root of 4: on the circle the second nearest of the diagonal is a quarter turn away.
-    assert found["knn"] == approx([math.sqrt(2), math.sqrt(2 - math.sqrt(2))])
+    # k is the root of 4, and the features are standardised already.
+    assert found["knn"] == approx([math.sqrt(1 + 9), math.sqrt(4 + 1)])
     assert found["norm"] == approx([-math.sqrt(8), -3])
 
 
@@ -65,6 +65,17 @@ def test_strangers_far_away_are_told_and_more_of_the_same_are_not() -> None:
     for score in ("mahalanobis", "knn"):
         assert separation(inside[score], far[score])["auroc"].value > 0.95
         assert abs(separation(inside[score], same[score])["auroc"].value - 0.5) < 0.08
+
+
+def test_strangers_far_away_where_the_known_vary_most_are_told() -> None:
+    # Such are brightness and contrast, in which most of what scanners do lies.
+    scale = np.array([10.0, 1, 1, 1, 1])
+    train, inside, same = (np.random.default_rng(seed).normal(size=(300, 5)) * scale for seed in range(3))
+    mixed = np.linalg.qr(np.random.default_rng(9).normal(size=(5, 5)))[0]
+    detector = Detector(train @ mixed)
+    known_ones, strangers = detector(inside @ mixed), detector((same + np.sign(same) * [80, 0, 0, 0, 0]) @ mixed)
+    for score in ("mahalanobis", "knn"):
+        assert separation(known_ones[score], strangers[score])["auroc"].value > 0.99
 
 
 def test_measures_equal_scikit_learn_and_their_definition() -> None:
