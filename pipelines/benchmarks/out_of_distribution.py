@@ -1,7 +1,7 @@
 """Are strangers told by an encoder's features, and better by a pretrained one than by random weights or a histogram?
 
-Command: `python pipelines/benchmarks/out_of_distribution.py --workdir W` (ten minutes of one core, half of it two
-pretrainings; what is done is not done again; `--quick` takes a minute). MEDSSL_DATA says where the data lie.
+Command: `python pipelines/benchmarks/out_of_distribution.py --workdir W` (ten minutes of one core, a third of it
+two pretrainings; what is done is not done again; `--quick` takes a minute). MEDSSL_DATA says where the data lie.
 
 Known are hippocampi (3D, MR) and breast ultrasound (2D). A small encoder is pretrained on the training part by the
 masked autoencoder, scores are fitted on that part alone, and judged on held-out cases against
